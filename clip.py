@@ -1,0 +1,162 @@
+"""Words: text to token ids, and token ids to one vector per token (the text side of CLIP).
+
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", section 2.4. Modules carry
+the names of transformers' `CLIPTextModel` below `text_model.`, which are those in SD 1.x checkpoints.
+
+Shapes: B batch, T tokens (77), D width.
+"""
+import gzip
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+MERGES = Path(__file__).parent / "weights" / "bpe_simple_vocab_16e6.txt.gz"
+BOS, EOS = 49406, 49407
+WORDS = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+         r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")  # letters run together, digits stand alone, the rest runs together
+
+
+class Tokenizer:
+    """Text -> rows of `length` ids: start, at most length - 2 ids of the text, end, padding.
+
+    `pad` is the end token for SD 1.x; the UNet attends to the padding, so it matters.
+    """
+
+    def __init__(self, pad: int = EOS, length: int = 77):
+        self.bpe, self.pad, self.length = load_bpe(), pad, length
+
+    def __call__(self, text: str | list[str]) -> Tensor:
+        """One prompt or a list of B -> LongTensor (B, length). Warns with the words that did not fit."""
+        texts = [text] if isinstance(text, str) else text
+        return torch.tensor([self.row(t) for t in texts], dtype=torch.long).reshape(len(texts), self.length)
+
+    def row(self, text: str) -> list[int]:
+        encoding = self.bpe.encode(text)
+        room = self.length - 2
+        if len(encoding.ids) > room:
+            cut = text[encoding.offsets[room][0]:]
+            warnings.warn(f"the prompt is {len(encoding.ids)} tokens long and {room} fit; cut off: {cut!r}", stacklevel=3)
+        ids = [BOS, *encoding.ids[:room], EOS]
+        return ids + [self.pad] * (self.length - len(ids))
+
+    def tokens(self, text: str) -> list[tuple[int, str]]:
+        """The ids of the text alone, none cut, each with its piece; `</w>` marks the end of a word."""
+        encoding = self.bpe.encode(text)
+        return list(zip(encoding.ids, encoding.tokens))
+
+
+@cache
+def load_bpe() -> BPETokenizer:
+    """CLIP's byte-pair encoding: 256 bytes, the same ending a word, 48,894 merges, start and end make 49,408 ids."""
+    with gzip.open(MERGES, "rt", encoding="utf-8") as f:
+        merges = [tuple(line.split()) for line in f.read().split("\n")[1:49152 - 256 - 2 + 1]]
+    # The order of the 256 byte characters is that of the printable Latin-1 ones, then the rest from U+0100 on.
+    alphabet = [chr(c) for lo, hi in ((33, 126), (161, 172), (174, 255), (256, 323)) for c in range(lo, hi + 1)]
+    symbols = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]
+    vocab = {symbol: i for i, symbol in enumerate(symbols + ["<|startoftext|>", "<|endoftext|>"])}
+    bpe = BPETokenizer(models.BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return bpe
+
+
+@dataclass
+class CLIPTextConfig:
+    """The defaults are CLIP ViT-L/14's text side, the encoder of SD 1.x."""
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+
+
+class CLIPTextModel(nn.Module):
+    """Token ids (B, T) -> a vector per token (B, T, D). Causal: a token's vector depends on it and on those before it."""
+
+    def __init__(self, cfg: CLIPTextConfig = CLIPTextConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.embeddings = CLIPTextEmbeddings(cfg)
+        self.encoder = CLIPEncoder(cfg)
+        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+
+    def pool(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """The vector at the first end token, which has seen the whole text: (B, T, D), (B, T) -> (B, D)."""
+        end = (tokens == EOS).int().argmax(dim=1)
+        return features[torch.arange(len(tokens), device=features.device), end]
+
+
+class CLIPTextEmbeddings(nn.Module):
+    """The word's row in the token table plus the place's row in the position table: (B, T) -> (B, T, D)."""
+
+    def __init__(self, cfg: CLIPTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.01)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]]
+
+
+class CLIPEncoder(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPEncoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class CLIPEncoderLayer(nn.Module):
+    """x + causal self-attention, + MLP, each on a normalised x. (B, T, D) -> (B, T, D)"""
+
+    def __init__(self, cfg: CLIPTextConfig):
+        super().__init__()
+        self.self_attn = CLIPAttention(cfg)
+        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size)
+        self.mlp = CLIPMLP(cfg)
+        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPAttention(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig):
+        super().__init__()
+        self.heads = cfg.num_attention_heads
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(cfg.hidden_size, cfg.hidden_size) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # 'b t (h d) -> b h t d'
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)         # the only mask: padding is attended to
+        return self.out_proj(h.transpose(1, 2).flatten(2))                  # 'b h t d -> b t (h d)'
+
+
+class CLIPMLP(nn.Module):
+    def __init__(self, cfg: CLIPTextConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.hidden_size, 4 * cfg.hidden_size)
+        self.fc2 = nn.Linear(4 * cfg.hidden_size, cfg.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.fc1(x)
+        return self.fc2(h * torch.sigmoid(1.702 * h))  # OpenAI's "quick gelu", not the erf one

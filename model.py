@@ -1,0 +1,295 @@
+"""The UNet: a noisy latent, a time and a text in, the noise (or velocity) in that latent out.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3. Modules carry the
+names of `ldm/modules/diffusionmodules/openaimodel.py` and `ldm/modules/attention.py`, which are those in official
+checkpoints. One loop down and one loop up build SD 1.x, SD 2.x, SDXL and anything smaller from per-level tuples.
+
+Shapes: B batch, C channels, H W latent size, T tokens (77 words, or H*W positions), D width of the words' vectors,
+E width of the time embedding (4 * model_channels).
+
+    x (B,4,H,W)                                                             (B,4,H,W)
+        | conv                                                                  | conv
+    [ResBlock + SpatialTransformer] x2 ------------ skips -----------> [cat + ResBlock + SpatialTransformer] x3
+        | Downsample                                                            | Upsample
+    ... one such row per entry of channel_mult ...                      ... and back up ...
+        +-------------> ResBlock, SpatialTransformer, ResBlock (middle) --------+
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class UNetConfig:
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)         # width of each level / model_channels
+    num_res_blocks: int = 2                              # per level on the way down; one more on the way up
+    transformer_depth: tuple[int, ...] = (1, 1, 1, 0)    # BasicTransformerBlocks after each ResBlock; 0: no attention
+    transformer_depth_middle: int = 1
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)            # per level; the middle has the last level's
+    context_dim: int = 768                               # D
+    adm_in_channels: int | None = None                   # width of a vector added to the time embedding; None: no such input
+    num_groups: int = 32                                 # of every GroupNorm
+    use_linear: bool = False                             # how files store proj_in/out: Linear (SD2, SDXL) or 1x1 convolution (SD1)
+
+
+class UNetModel(nn.Module):
+    """x (B, in, H, W), t (B,), context (B, T, D), y (B, adm_in_channels) or None -> (B, out, H, W).
+
+    t counts 0...999 as in DDPM (fractions allowed). H and W may be any size: Upsample goes to the skip's size.
+    """
+
+    def __init__(self, cfg: UNetConfig = UNetConfig()):
+        super().__init__()
+        self.cfg = cfg
+        c, emb_dim = cfg.model_channels, 4 * cfg.model_channels
+        widths = [cfg.model_channels * m for m in cfg.channel_mult]
+
+        def blocks(c_in: int, level: int) -> TimestepEmbedSequential:
+            """A ResBlock to the level's width, with attention if the level has it."""
+            layers = [ResBlock(c_in, widths[level], emb_dim, cfg.num_groups)]
+            if cfg.transformer_depth[level]:
+                layers.append(SpatialTransformer(widths[level], cfg.num_heads[level], cfg.transformer_depth[level], cfg))
+            return TimestepEmbedSequential(*layers)
+
+        self.time_embed = mlp(c, emb_dim)
+        if cfg.adm_in_channels is not None:
+            self.label_emb = nn.Sequential(mlp(cfg.adm_in_channels, emb_dim))
+
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(cfg.in_channels, c, 3, padding=1))])
+        skips = [c]
+        for level, width in enumerate(widths):
+            for _ in range(cfg.num_res_blocks):
+                self.input_blocks.append(blocks(c, level))
+                c = width
+                skips.append(c)
+            if level < len(widths) - 1:
+                self.input_blocks.append(TimestepEmbedSequential(Downsample(c)))
+                skips.append(c)
+
+        self.middle_block = TimestepEmbedSequential(
+            ResBlock(c, c, emb_dim, cfg.num_groups),
+            SpatialTransformer(c, cfg.num_heads[-1], cfg.transformer_depth_middle, cfg),
+            ResBlock(c, c, emb_dim, cfg.num_groups))
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(cfg.num_res_blocks + 1):
+                self.output_blocks.append(blocks(c + skips.pop(), level))
+                c = width
+                if level > 0 and i == cfg.num_res_blocks:
+                    self.output_blocks[-1].append(Upsample(c))
+
+        self.out = nn.Sequential(nn.GroupNorm(cfg.num_groups, c), nn.SiLU(), zero(nn.Conv2d(c, cfg.out_channels, 3, padding=1)))
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
+        dtype = self.out[2].weight.dtype
+        h, context = x.to(dtype), context.to(dtype)
+        emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(dtype))  # (B, E)
+        if self.cfg.adm_in_channels is not None:
+            if y is None:
+                raise ValueError(f"this UNet needs y (B, {self.cfg.adm_in_channels}) beside the context")
+            emb = emb + self.label_emb(y.to(dtype))
+        skips = []
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
+        return self.out(h)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Times (B,) -> (B, dim): cosines, then sines, of t at dim/2 frequencies from 1 down to about 1/10000, in fp32.
+
+    Vaswani et al. 2017, section 3.5, but with the cosines first, as the released weights expect.
+    """
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedSequential(nn.Sequential):
+    """Layers in a row, each given what it takes: the time, the text, or the size to go to."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a residual; the time enters as one value per channel, the same at every position.
+
+    x (B, C_in, H, W), emb (B, E) -> (B, C_out, H, W)
+    """
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, num_groups: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(num_groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.out_layers = nn.Sequential(  # index 2 was a dropout of 0; it keeps the convolution's official name, out_layers.3
+            nn.GroupNorm(num_groups, c_out), nn.SiLU(), nn.Identity(), zero(nn.Conv2d(c_out, c_out, 3, padding=1)))
+        self.skip_connection = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class SpatialTransformer(nn.Module):
+    """Every position of the feature map becomes a token; transformer blocks let tokens look at each other and at the words.
+
+    x (B, C, H, W), context (B, T, D) -> (B, C, H, W)
+    """
+
+    def __init__(self, c: int, heads: int, depth: int, cfg: UNetConfig):
+        super().__init__()
+        self.use_linear = cfg.use_linear
+        self.norm = nn.GroupNorm(cfg.num_groups, c, eps=1e-6)  # 1e-5 in the ResBlocks, 1e-6 here
+        self.proj_in = nn.Linear(c, c)
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(c, heads, cfg.context_dim) for _ in range(depth))
+        self.proj_out = zero(nn.Linear(c, c))
+        self.register_load_state_dict_pre_hook(squeeze_projections)
+        self.register_state_dict_post_hook(unsqueeze_projections)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        h = self.norm(x).flatten(2).transpose(1, 2)       # 'b c h w -> b (h w) c'
+        h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = self.proj_out(h)
+        return x + h.transpose(1, 2).reshape(B, C, H, W)  # 'b (h w) c -> b c h w'
+
+
+def squeeze_projections(module, state_dict, prefix, *_):
+    """SD1 files hold proj_in/out as 1x1 convolutions (C, C, 1, 1), the same map as a Linear (C, C): take either."""
+    for key in (prefix + "proj_in.weight", prefix + "proj_out.weight"):
+        if key in state_dict and state_dict[key].shape[2:] == (1, 1):
+            state_dict[key] = state_dict[key][:, :, 0, 0]
+
+
+def unsqueeze_projections(module, state_dict, prefix, _):
+    """And save them as the family's official files do."""
+    for key in (prefix + "proj_in.weight", prefix + "proj_out.weight"):
+        if not module.use_linear:
+            state_dict[key] = state_dict[key][:, :, None, None]
+
+
+class BasicTransformerBlock(nn.Module):
+    """x + self-attention, + cross-attention to the words, + feed-forward, each on a normalised x. (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, dim, heads)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim, heads)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from x to context; context=None means from x to itself. (B, T, C), (B, T', D) -> (B, T, C)"""
+
+    def __init__(self, query_dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, query_dim, bias=False)
+        self.to_k = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_v = nn.Linear(context_dim, query_dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # 'b t (h d) -> b h t d'
+                   for z in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # 'b h t d -> b t (h d)'
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False):
+    """softmax(q k^T / sqrt(d)) v: a soft dictionary. Vaswani et al. 2017, equation 1.
+
+    A dictionary returns the value whose key equals the query; attention returns all values mixed, each by how well
+    its key matches. q (B, h, T, d), k and v (B, h, T', d) -> (B, h, T, d); with `return_weights` also the matrix
+    a (B, h, T, T'), whose rows sum to 1: the fused kernel never forms it, so it is computed openly, in fp32.
+    """
+    if not return_weights:
+        return F.scaled_dot_product_attention(q, k, v)
+    a = (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    return a.to(v.dtype) @ v, a
+
+
+class GEGLU(nn.Module):
+    """Linear to twice the width; the first half is gated by the gelu of the second. Shazeer 2020. (..., C) -> (..., C_out)"""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """(B, T, C) -> (B, T, 4C) -> (B, T, C)"""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # index 1 was a dropout of 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Downsample(nn.Module):
+    """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)), by a stride-2 convolution padded on all sides (unlike the VAE's)."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """(B, C, H, W) -> (B, C, *size): nearest neighbour, then a convolution."""
+
+    def __init__(self, c: int):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def mlp(c_in: int, c_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(c_in, c_out), nn.SiLU(), nn.Linear(c_out, c_out))
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """Start a residual branch at zero, so that a fresh network is the identity plus its skips."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module

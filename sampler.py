@@ -1,0 +1,166 @@
+"""Noise and its removal: the forward process, what the network predicts, guidance, and the samplers.
+
+Forward (Ho et al. 2020, equation 4), in two pictures of the same thing:
+    variance preserving  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps       what the UNet is fed
+    variance exploding   x   = x_0 + sigma eps,  sigma = sqrt((1 - abar)/abar)   = x_t / sqrt(abar); what samplers work in
+In the second, the reverse process is dx/dsigma = (x - D(x, sigma)) / sigma, where D, `denoise`, is the best guess of x_0
+(Song et al. 2021; Karras et al. 2022, equation 3; the score is (D - x) / sigma^2). Every sampler below is a generator over a list of
+sigmas, in fp32: it yields after each step, and whoever runs it may look, draw or stop.
+
+Shapes: x, noise, denoised (B, C, H, W) latents; sigma a float; sigmas a list falling from noise to (almost) none.
+"""
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> the guess of x_0
+T = 1000                                     # training times 0...999
+
+
+def make_alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
+    """abar_t (T,): the share of signal power left at each time; beta is linear in its square root. Computed in fp64."""
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, dim=0)
+
+
+ALPHAS_CUMPROD = make_alphas_cumprod()                               # 0.99915 ... 0.00466
+SIGMAS = ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD).sqrt()              # 0.02917 ... 14.6146
+
+
+def q_sample(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Latents x0 (B, C, H, W) noised to times t (B,), variance preserving. Ho et al. 2020, equation 4."""
+    abar = ALPHAS_CUMPROD.to(x0.device)[t].to(x0.dtype)[:, None, None, None]
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def sigma_to_t(sigma: float) -> float:
+    """The time at which the noise level is sigma: linear in log sigma between the training times, 0...999."""
+    log_sigmas = SIGMAS.log()
+    log_sigma = torch.tensor(sigma, dtype=torch.float64).log()
+    low = int((torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, T - 2))
+    t = low + (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
+    return float(t.clamp(0, T - 1))
+
+
+# --- what the network predicts: denoised = c_skip x + c_out net(x / sqrt(sigma^2 + 1), t). Karras et al. 2022, equation 7 ---
+
+PREDICTIONS = {  # sigma -> (c_skip, c_out), for floats and tensors
+    "eps": lambda sigma: (1.0, -sigma),                                              # the noise
+    "v": lambda sigma: (1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5),         # Salimans & Ho 2022, appendix D
+}
+
+
+def target(prediction: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """What the network should answer for q_sample(x0, t, noise): the same two coefficients, solved for the net."""
+    sigma = SIGMAS.to(x0.device)[t].to(x0.dtype)[:, None, None, None]
+    c_skip, c_out = PREDICTIONS[prediction](sigma)
+    return (x0 - c_skip * (x0 + sigma * noise)) / c_out
+
+
+def denoiser(net: Callable[..., Tensor], prediction: str) -> Callable[..., Tensor]:
+    """The network net(x, t, ...) as denoise(x, sigma, ...)."""
+    def denoise(x: Tensor, sigma: float, **condition: Tensor) -> Tensor:
+        c_skip, c_out = PREDICTIONS[prediction](sigma)
+        t = torch.full((len(x),), sigma_to_t(sigma), device=x.device)
+        return c_skip * x + c_out * net(x / (sigma**2 + 1) ** 0.5, t, **condition).float()
+    return denoise
+
+
+def guided(denoise: Callable[..., Tensor], condition: dict[str, Tensor], negative: dict[str, Tensor], scale: float) -> Denoise:
+    """Classifier-free guidance, Ho & Salimans 2022: negative + scale (condition - negative). Scale 1 needs one pass only."""
+    if scale == 1:
+        return lambda x, sigma: denoise(x, sigma, **condition)
+    both = {name: torch.cat([negative[name], condition[name]]) for name in condition}
+
+    def guided_denoise(x: Tensor, sigma: float) -> Tensor:
+        uncond, cond = denoise(torch.cat([x, x]), sigma, **both).chunk(2)
+        return uncond + scale * (cond - uncond)
+    return guided_denoise
+
+
+# --- the samplers ---
+
+class Step(NamedTuple):
+    index: int        # 0, 1, ...
+    x: Tensor         # after the step
+    denoised: Tensor  # the guess of x_0 the step was made with
+
+
+def sample_ancestral(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor], eta: float = 0.0) -> Iterator[Step]:
+    """Step towards the guess, then put some noise back: DDPM, DDIM, Euler and Euler-ancestral in one.
+
+    `eta` is the share of the posterior's noise put back (DDIM, Song et al. 2021, equations 12 and 16): at 0 this is an
+    Euler step of the probability-flow ODE and equals DDIM; at 1 it is Euler-ancestral and equals the DDPM posterior.
+    """
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+        denoised = denoise(x, sigma)
+        sigma_up = eta * sigma_next * max(0.0, 1 - (sigma_next / sigma) ** 2) ** 0.5
+        sigma_down = (sigma_next**2 - sigma_up**2) ** 0.5
+        x = denoised + sigma_down * (x - denoised) / sigma
+        if sigma_up > 0:
+            x = x + sigma_up * draw()
+        yield Step(i, x, denoised)
+
+
+def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Iterator[Step]:
+    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: the guess is extrapolated from the last two, in log sigma."""
+    old, h_old = None, 0.0
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:  # infinitely far in log sigma: first order
+            x = denoised
+        else:
+            h = math.log(sigma / sigma_next)
+            guess = denoised if old is None else denoised + (denoised - old) * h / (2 * h_old)
+            x = (sigma_next / sigma) * x - math.expm1(-h) * guess
+            old, h_old = denoised, h
+        yield Step(i, x, denoised)
+
+
+class Sampler(NamedTuple):
+    sample: Callable[..., Iterator[Step]]
+    spacing: str             # its usual one, a name in SPACINGS
+    last: float = 0.0        # the sigma it ends at
+
+
+SAMPLERS = {
+    "ddim": Sampler(sample_ancestral, "leading", last=float(SIGMAS[0])),  # as released: set_alpha_to_one=False
+    "ddpm": Sampler(partial(sample_ancestral, eta=1.0), "leading"),
+    "euler": Sampler(sample_ancestral, "linspace"),
+    "euler_a": Sampler(partial(sample_ancestral, eta=1.0), "linspace"),
+    "dpmpp_2m": Sampler(sample_dpmpp_2m, "trailing"),
+}
+
+
+# --- which sigmas: n of them, falling. The names are those of Lin et al. 2024, table 2, and diffusers' `timestep_spacing` ---
+
+def leading(n: int) -> list[float]:
+    """Times (n-1)c + 1, ..., c + 1, 1 with c = 1000 // n."""
+    c = T // n
+    offset = min(1, T - 1 - (n - 1) * c)  # 1, but 0 for n = 1000
+    return [float(SIGMAS[i * c + offset]) for i in reversed(range(n))]
+
+
+def linspace(n: int) -> list[float]:
+    """n times evenly from 999 to 0 (fractions interpolate sigma)."""
+    times = torch.linspace(T - 1, 0, n, dtype=torch.float64)
+    low = times.long().clamp(max=T - 2)
+    return torch.lerp(SIGMAS[low], SIGMAS[low + 1], times - low).tolist()
+
+
+def trailing(n: int) -> list[float]:
+    """Times 999, 999 - 1000/n, ..., rounded: the first is always pure noise."""
+    return [float(SIGMAS[round(T - i * T / n) - 1]) for i in range(n)]
+
+
+def karras(n: int, rho: float = 7.0) -> list[float]:
+    """Karras et al. 2022, equation 5, from the schedule's largest sigma to its smallest."""
+    high, low = float(SIGMAS[-1]) ** (1 / rho), float(SIGMAS[0]) ** (1 / rho)
+    return [(high + i / max(n - 1, 1) * (low - high)) ** rho for i in range(n)]
+
+
+SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras)}

@@ -1,0 +1,363 @@
+"""Stable Diffusion: python sd.py "a red apple"
+
+    prompt -> Tokenizer -> CLIPTextModel -> context (B, 77, D)
+                                               |
+    noise (B, Z, h, w) -> sampler( denoise = guided(UNet) ) -> latents -> AutoencoderKL.decode -> picture -> PNG
+
+Read this file first, then model.py (the UNet), sampler.py, clip.py, vae.py; train.py makes the weights.
+
+Shapes: B pictures, 77 tokens, D width of a token's vector, Z latent channels (4), H W picture size, h = H/f, w = W/f
+latent size with f = 8. Numbers: sampling runs in fp32 whatever the weights are; noise comes from the CPU.
+"""
+import argparse
+import json
+import os
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
+from model import UNetConfig, UNetModel
+from sampler import SAMPLERS, SPACINGS, Step, denoiser, guided
+from vae import AutoencoderKL, VAEConfig
+
+BUILTIN = Path(__file__).parent / "weights" / "emoji.safetensors"
+
+
+class UserError(ValueError):
+    """Something only the user can mend, said in one line."""
+
+
+@dataclass
+class Preset:
+    """One family of models: its three networks, and what its pictures are made with unless asked otherwise."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    prediction: str = "eps"      # what the UNet predicts: a row of sampler.PREDICTIONS
+    size: int = 512              # side of the pictures it was trained on
+    steps: int = 20
+    guidance: float = 7.5
+    sampler: str = "dpmpp_2m"
+
+
+PRESETS = {
+    "sd1": Preset(),
+    "emoji": Preset(  # the built-in model: small, and told the text's pooled vector beside the time, as SDXL is
+        UNetConfig(in_channels=16, out_channels=16, model_channels=96, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1),
+                   num_heads=(3, 6), context_dim=128, adm_in_channels=128, num_groups=8),
+        VAEConfig(ch=16, ch_mult=(1, 2, 4, 4), num_res_blocks=1, z_channels=16, num_groups=4),
+        CLIPTextConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4),
+        prediction="v", size=64, guidance=3.0),
+}
+
+
+class StableDiffusion:
+    """The three networks and what turns a prompt into a picture with them. `load` is the usual way to make one."""
+
+    def __init__(self, config: Preset):
+        self.config = config
+        self.tokenizer = Tokenizer()
+        self.text = CLIPTextModel(config.text)
+        self.unet = UNetModel(config.unet)
+        self.vae = AutoencoderKL(config.vae)
+        self.parts = {  # the prefix of each network in official single files
+            "cond_stage_model.transformer.text_model.": self.text,
+            "first_stage_model.": self.vae,
+            "model.diffusion_model.": self.unet,
+        }
+        self.metadata: dict[str, str] = {}
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None) -> "StableDiffusion":
+        """A model from an official single file (.safetensors or .ckpt); None: the built-in one, the best device, its best dtype.
+
+        Raises UserError if the file is missing, damaged, or not exactly one of the models in PRESETS.
+        """
+        device, dtype = best_device_and_dtype(device, dtype)
+        path = BUILTIN if path is None else Path(path)
+        names, tensor, metadata = open_checkpoint(path)
+        names = [name for name in names if not IGNORED.match(name)]
+        with torch.device("meta"):
+            sd = cls(preset_of(path, names, tensor, metadata))
+        check_names_and_shapes(path, {name: tensor(name).shape for name in names}, {k: v.shape for k, v in sd.state_dict().items()})
+        for prefix, part in sd.parts.items():
+            # fp16's largest number, 65504, is too small for some VAE activations: keep that part in fp32
+            part_dtype = torch.float32 if part is sd.vae and dtype == torch.float16 else dtype
+            state = {name.removeprefix(prefix): tensor(name).to(device, part_dtype) for name in names if name.startswith(prefix)}
+            part.load_state_dict(state, assign=True)
+            part.eval().requires_grad_(False)
+        sd.metadata = metadata
+        return sd
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor under its official single-file name."""
+        return {prefix + name: tensor for prefix, part in self.parts.items() for name, tensor in part.state_dict().items()}
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write one .safetensors in official naming, the config in its metadata, whole or not at all."""
+        tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
+        temporary = Path(f"{path}.tmp")
+        save_file(tensors, temporary, self.metadata | {"config": json.dumps(asdict(self.config))})
+        os.replace(temporary, path)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.out[2].weight.device
+
+    def encode_prompt(self, prompts: list[str]) -> Tensor:
+        """B prompts -> a vector per token, (B, 77, D)."""
+        return self.condition(prompts)["context"]
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str]) -> dict[str, Tensor]:
+        """B prompts -> what the UNet is told about them: context (B, 77, D), and y (B, D) if it takes a pooled vector."""
+        tokens = self.tokenizer(prompts).to(self.device)
+        context = self.text(tokens)
+        if self.config.unet.adm_in_channels is None:
+            return {"context": context}
+        return {"context": context, "y": self.text.pool(context, tokens)}
+
+    @torch.no_grad()
+    def encode_image(self, images: list[Image.Image], noise: Tensor | None = None) -> Tensor:
+        """PIL pictures of one size -> scaled latents (B, Z, h, w): the mode, or a sample if given standard normal `noise`."""
+        x = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
+        x = x.permute(0, 3, 1, 2).float() / 127.5 - 1                              # 'b h w c -> b c h w'
+        weight = self.vae.quant_conv.weight
+        return self.vae.encode(x.to(weight), noise).float()
+
+    @torch.no_grad()
+    def decode_latents(self, z: Tensor) -> list[Image.Image]:
+        """Scaled latents (B, Z, h, w) -> PIL pictures. Raises UserError rather than give a black picture for NaNs."""
+        x = torch.cat([self.vae.decode(one.to(self.vae.quant_conv.weight)) for one in z.split(1)]).float()
+        if not x.isfinite().all():
+            raise UserError("NaN in the decoded picture, try --dtype fp32")
+        x = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # 'b c h w -> b h w c'
+        return [Image.fromarray(picture) for picture in x.cpu().numpy()]
+
+    @torch.no_grad()
+    def generate(self, prompt: str, negative_prompt: str = "", width: int | None = None, height: int | None = None,
+                 steps: int | None = None, guidance: float | None = None, sampler: str | None = None, seed: int = 0, batch: int = 1,
+                 callback: Callable[[Step], None] | None = None, spacing: str | None = None,
+                 init: Image.Image | None = None, strength: float = 0.75) -> list[Image.Image]:
+        """`batch` pictures of the prompt, picture i from seed + i. None: the preset's (or sampler's) own default.
+
+        With `init`, starts from that picture, noised to `strength` of the way (SDEdit, Meng et al. 2022): int(steps * strength)
+        steps are run; at 1 nothing of it is left. `callback` is called after each step with a sampler.Step.
+        Raises UserError for settings out of range and for NaNs on the way.
+        """
+        width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
+        sample, _, last = SAMPLERS[sampler]
+        sigmas = [*SPACINGS[spacing](steps), last]
+        shape = (self.config.vae.z_channels, height // self.config.vae.downsampling, width // self.config.vae.downsampling)
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+
+        def draw() -> Tensor:
+            """Standard normal noise (B, Z, h, w), the same for a seed on every device and in every batch."""
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+
+        if init is None or strength == 1:
+            x = draw() * (sigmas[0] ** 2 + 1) ** 0.5
+        else:
+            if not 0 < strength <= 1 or int(steps * strength) < 1:
+                raise UserError(f"strength {strength} with {steps} steps runs no step: give a strength above {1 / steps:.3g}, at most 1")
+            sigmas = sigmas[steps - int(steps * strength):]
+            init = init.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            x = self.encode_image([init] * batch, draw()) + sigmas[0] * draw()
+
+        condition = self.condition([prompt] * batch)
+        negative = condition if guidance == 1 else self.condition([negative_prompt] * batch)
+        denoise = guided(denoiser(self.unet, self.config.prediction), condition, negative, guidance)
+        for step in sample(denoise, x, sigmas, draw):
+            if not step.x.isfinite().all():
+                raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
+            if callback is not None:
+                callback(step)
+        return self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)
+
+    def settings(self, width, height, steps, guidance, sampler, spacing) -> tuple[int, int, int, float, str, str]:
+        """Fill in the preset's defaults and check the rest: what a picture is made with."""
+        def default(value, preset):
+            return preset if value is None else value
+        width, height = default(width, self.config.size), default(height, self.config.size)
+        steps, guidance = default(steps, self.config.steps), default(guidance, self.config.guidance)
+        sampler = default(sampler, self.config.sampler)
+        f = self.config.vae.downsampling
+        if width < f or height < f or width % f or height % f:
+            raise UserError(f"the size {width}x{height} must be multiples of {f}, such as {max(f, width // f * f)}x{max(f, height // f * f)}")
+        if not 1 <= steps <= 1000:
+            raise UserError(f"steps must lie between 1 and 1000, not {steps}")
+        if sampler not in SAMPLERS:
+            raise UserError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
+        spacing = default(spacing, SAMPLERS[sampler].spacing)
+        if spacing not in SPACINGS:
+            raise UserError(f"no spacing is called {spacing!r}; there are {', '.join(SPACINGS)}")
+        return width, height, steps, guidance, sampler, spacing
+
+
+# --- checkpoints ---
+
+IGNORED = re.compile(  # what files hold beside the weights: buffers, training state, another copy
+    r".*position_ids$|model_ema\.|.*logit_scale$|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar)$")
+
+
+def open_checkpoint(path: Path) -> tuple[Iterable[str], Callable[[str], Tensor], dict[str, str]]:
+    """A file's tensor names, a function that gives a tensor by name, and its metadata. Memory-mapped; runs no code from the file."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            return file.keys(), file.get_tensor, file.metadata() or {}
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = state.get("state_dict", state)
+        return state.keys(), state.__getitem__, {}
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
+        why = str(error).split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):
+            why = "it is damaged, or holds more than tensors and could run code; ask for the .safetensors of it"
+        raise UserError(f"{path} is not a checkpoint that can be read: {why}") from error
+
+
+def preset_of(path: Path, names: list[str], tensor: Callable[[str], Tensor], metadata: dict[str, str]) -> Preset:
+    """The config in the file's metadata, or else the row of PRESETS with the same input and text widths."""
+    if "config" in metadata:
+        config = json.loads(metadata["config"])
+        config |= {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"]), "text": CLIPTextConfig(**config["text"])}
+        return Preset(**config)
+    unet = "model.diffusion_model."
+    conv_in = unet + "input_blocks.0.0.weight"
+    to_k = next((name for name in names if name.startswith(unet) and name.endswith("attn2.to_k.weight")), None)
+    if to_k is None or conv_in not in names:
+        raise UserError(f"{path} is not a Stable Diffusion single file: it has no {conv_in}")
+    widths = tensor(conv_in).shape[1], tensor(to_k).shape[1]
+    for preset in PRESETS.values():
+        if widths == (preset.unet.in_channels, preset.unet.context_dim):
+            return preset
+    raise UserError(f"{path} is of another family: {widths[0]} input channels and text width {widths[1]}; SD 1.x has 4 and 768")
+
+
+def check_names_and_shapes(path: Path, found: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
+    """Raises UserError naming the first five tensors that are missing, surplus, or of another shape."""
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "surplus": [name for name in found if name not in wanted],
+        "of another shape": [f"{name} {list(found[name])} instead of {list(wanted[name])}"
+                             for name in wanted if name in found and found[name] != wanted[name]],
+    }
+    told = [f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" for what, names in problems.items() if names]
+    if told:
+        raise UserError(f"{path} does not fit: {'; '.join(told)}")
+
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def best_device_and_dtype(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
+    """CUDA or Apple: fp16. CPU: bf16 where it computes in it natively, else fp32. Raises UserError for a device that is not there."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {device!r} here: {str(error).splitlines()[0]}") from error
+    if dtype is None:
+        native_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        dtype = torch.float16 if not device.startswith("cpu") else torch.bfloat16 if native_bf16 else torch.float32
+    return device, dtype
+
+
+# --- the command ---
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw a picture of a prompt.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--negative", default="", help="what the picture should not be")
+    parser.add_argument("--steps", type=int, help="default: the model's own, like all below that show None")
+    parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt; 1: no guidance, twice as fast")
+    parser.add_argument("--sampler", help=", ".join(SAMPLERS))
+    parser.add_argument("--spacing", help="of the steps' noise levels: " + ", ".join(SPACINGS))
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has seed + 1")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--batch", type=int, default=1, help="number of pictures")
+    parser.add_argument("--init", metavar="IMG", help="start from this picture instead of noise")
+    parser.add_argument("--strength", type=float, default=0.75, help="with --init: how much of it to redraw, up to 1")
+    parser.add_argument("--ckpt", help="an official SD 1.x .safetensors or .ckpt; default: the built-in model")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--device", help="cuda, mps, cpu")
+    parser.add_argument("--out", help="where to write; default: the prompt with .png")
+    args = parser.parse_args()
+    warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
+    try:
+        run(args)
+    except UserError as error:
+        print(f"sd.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+    paths = output_paths(args)
+    init = None if args.init is None else read_image(args.init)
+    if args.ckpt is None:
+        print("using the built-in model (64x64 emoji). Full size: download v1-5-pruned-emaonly.safetensors of the model "
+              "stable-diffusion-v1-5/stable-diffusion-v1-5 and give --ckpt FILE")
+    sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype])
+    width, height, steps, guidance, sampler, spacing = sd.settings(
+        args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)
+    with tqdm(total=steps if init is None else int(steps * args.strength), unit="step") as bar:
+        images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, args.seed, args.batch,
+                             lambda step: bar.update(), spacing, init, args.strength)
+    for i, (image, path) in enumerate(zip(images, paths)):
+        about = (f"{args.prompt}\nNegative prompt: {args.negative}\nSteps: {steps}, Sampler: {sampler}, Schedule type: {spacing}, "
+                 f"CFG scale: {guidance}, Seed: {args.seed + i}, Size: {width}x{height}, Model: {Path(args.ckpt or BUILTIN).stem}")
+        if init is not None:
+            about += f", Denoising strength: {args.strength}, Init: {args.init}"
+        write_png(image, path, about)
+        print(path)
+
+
+def output_paths(args: argparse.Namespace) -> list[Path]:
+    """One path per picture, with its seed in it if there are several. Raises UserError, before any work, if they cannot be written."""
+    if args.batch < 1:
+        raise UserError(f"batch must be at least 1, not {args.batch}")
+    path = Path(args.out if args.out is not None else (re.sub(r"\W+", "-", args.prompt).strip("-")[:80] or "picture") + ".png")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--out must end in .png, not {path.name!r}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise UserError(f"cannot write {path}: its folder must exist and be writable")
+    return [path] if args.batch == 1 else [path.with_stem(f"{path.stem}-{args.seed + i}") for i in range(args.batch)]
+
+
+def read_image(path: str) -> Image.Image:
+    """Any picture Pillow reads, the right way up, transparency on white."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise UserError(f"cannot read the picture {path}: {error}") from error
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def write_png(image: Image.Image, path: Path, parameters: str) -> None:
+    """The picture with its settings in the text chunk that other tools read, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
+    temporary = path.with_name(path.name + ".tmp")
+    image.save(temporary, "PNG", pnginfo=info)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

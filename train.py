@@ -1,0 +1,327 @@
+"""Train a model from folders of captioned pictures: x.png beside x.txt, one caption a line, one line drawn at random each time.
+
+    python train.py --train vae --init emoji-untrained ...  see weights/README.md: how the built-in model was made
+    python train.py --data my_pictures --out runs/mine      fine-tune the built-in model; then python sd.py --ckpt runs/mine/model.safetensors "..."
+
+Three things can be trained: `vae` (pictures to latents and back), `decoder` (its second half alone, which leaves the
+latents what they were) and `unet` (the UNet with its text encoder, on latents of the frozen VAE). The same command again
+goes on where the last run stopped, to the same end: all randomness of a step comes from (seed, step).
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clip import Tokenizer
+from sampler import T, q_sample, target
+from sd import DTYPES, PRESETS, StableDiffusion, UserError
+from vae import kl_divergence
+
+
+@dataclass
+class Settings:
+    data: list[str]                  # folders of pictures with captions
+    out: str = "runs/new"            # model.safetensors (for sd.py), state.pt (to go on), sample sheets
+    init: str = ""                   # start from: a checkpoint, a row of PRESETS for random weights, "" for the built-in model
+    train: str = "unet"              # unet (with the text encoder), vae, decoder
+    steps: int = 1000
+    batch: int = 32
+    lr: float = 1e-4
+    warmup: int = 100                # steps of rising learning rate
+    decay: int = 0                   # steps of falling learning rate at the end
+    weight_decay: float = 0.01
+    clip: float = 1.0                # largest norm of the gradient
+    ema: float = 0.999               # averaging of the weights that are saved; 0: none
+    caption_dropout: float = 0.1     # share of empty captions, for classifier-free guidance
+    time_shift: float = 1.0          # > 1: more training at high noise, t' = s t / (1 + (s - 1) t)
+    tokens: int = 77                 # length of the caption rows; shorter is faster
+    kl: float = 1e-6                 # weight of the KL term
+    amp: str = ""                    # autocast: bf16 or fp16
+    compile: bool = False            # torch.compile
+    device: str = ""                 # "": cuda if there is one, else cpu
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 500
+    sample_every: int = 1000         # 0: never
+
+
+def main() -> None:
+    s = parse_settings()
+    try:
+        train(s)
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(s: Settings) -> None:
+    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    sd = load_model(s, device)
+    pictures = Pictures(s, sd.config.size)
+    trained = {"unet": [sd.unet, sd.text], "vae": [sd.vae], "decoder": [sd.vae.decoder, sd.vae.post_quant_conv]}[s.train]
+    params = [p.requires_grad_() for part in trained for p in part.parameters()]
+    ema = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, s.lr, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device, enabled=s.amp == "fp16")
+    loss_of = (UNetLoss if s.train == "unet" else VAELoss)(s, sd, pictures, device)
+    autocast = torch.autocast(device.split(":")[0], DTYPES[s.amp]) if s.amp else nullcontext()
+    start = resume(s, params, ema, optimizer, scaler)
+    print(f"{sum(p.numel() for p in params):,} parameters, {len(pictures)} pictures, steps {start} to {s.steps} on {device}", flush=True)
+
+    seen, total, clock = 0, torch.zeros((), device=device), time.time()
+    for step in range(start, s.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = s.lr * min(1, (step + 1) / max(s.warmup, 1), (s.steps - step) / max(s.decay, 1))
+        with autocast, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():  # the fused CPU kernel's backward is slow
+            loss = loss_of(step)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(params, s.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(s.ema, (1 + step) / (10 + step)))
+
+        seen, total = seen + 1, total + loss.detach()
+        if (step + 1) % s.log_every == 0 or step + 1 == s.steps:
+            if not total.isfinite():
+                raise UserError(f"the loss is {float(total)} at step {step + 1}: lower --lr, or leave out --amp fp16; "
+                                f"the last good state is in {s.out}")
+            speed = seen * s.batch / (time.time() - clock)
+            print(f"step {step + 1}/{s.steps}  loss {float(total) / seen:.4f}  {speed:.1f} images/s", flush=True)
+            seen, total, clock = 0, torch.zeros((), device=device), time.time()
+        if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
+            with averaged(params, ema):
+                loss_of.before_saving()
+                sd.save(f"{s.out}/model.safetensors")
+            write(f"{s.out}/state.pt", {"step": step + 1, "params": [p.detach() for p in params], "ema": ema,
+                                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        if s.sample_every and ((step + 1) % s.sample_every == 0 or step + 1 == s.steps):
+            with averaged(params, ema), torch.no_grad():
+                sheet(loss_of.samples()).save(f"{s.out}/sample-{step + 1:07d}.png")
+
+
+class UNetLoss:
+    """|| target - UNet(x_t, t, words) ||^2, with words left out now and then. Ho et al. 2020, equation 14; Ho & Salimans 2022."""
+
+    def __init__(self, s: Settings, sd: StableDiffusion, pictures: "Pictures", device: str):
+        self.s, self.sd, self.pictures, self.device = s, sd, pictures, device
+        self.tokenizer = Tokenizer(length=s.tokens)
+        self.unet = torch.compile(sd.unet) if s.compile else sd.unet
+        with torch.no_grad():  # the VAE is frozen: its mean and standard deviation are computed once
+            chunks = [sd.vae.moments(pictures.pixels(i).to(device)) for i in torch.arange(len(pictures)).split(64)]
+        self.mean = torch.cat([mean for mean, _ in chunks])
+        self.std = torch.cat([(0.5 * logvar).exp() for _, logvar in chunks])
+
+    def __call__(self, step: int) -> Tensor:
+        s, g = self.s, generator(self.s.seed, step)
+        i = self.pictures.order(step)
+        shape = self.mean[i].shape
+
+        def randn() -> Tensor:
+            return torch.randn(shape, generator=g).to(self.device)
+
+        x0 = (self.mean[i] + self.std[i] * randn()) * self.sd.config.vae.scale_factor
+        keep = torch.rand(s.batch, generator=g) >= s.caption_dropout
+        captions = [self.pictures.caption(int(j), g) if kept else "" for j, kept in zip(i, keep)]
+        tokens = self.tokenizer(captions).to(self.device)
+        context = self.sd.text(tokens)
+        y = None if self.sd.config.unet.adm_in_channels is None else self.sd.text.pool(context, tokens)
+        u = (torch.rand((), generator=g) + torch.arange(s.batch) / s.batch) % 1  # evenly spread: less noise in the loss
+        t = (T * s.time_shift * u / (1 + (s.time_shift - 1) * u)).long().to(self.device)
+        noise = randn()
+        out = self.unet(q_sample(x0, t, noise), t, context, y)
+        return F.mse_loss(out.float(), target(self.sd.config.prediction, x0, t, noise))
+
+    def before_saving(self) -> None:
+        self.sd.metadata["captions"] = json.dumps([lines[0] for lines in self.pictures.captions])
+
+    def samples(self) -> list[Image.Image]:
+        n = len(self.pictures)
+        prompts = [self.pictures.captions[i * n // min(n, 24)][0] for i in range(min(n, 24))]
+        return [self.sd.generate(prompt)[0] for prompt in prompts]
+
+
+class VAELoss:
+    """L1 between picture and reconstruction at three scales and in their gradients, plus a weak KL term."""
+
+    def __init__(self, s: Settings, sd: StableDiffusion, pictures: "Pictures", device: str):
+        self.s, self.sd, self.pictures, self.device = s, sd, pictures, device
+        self.reconstruct = torch.compile(self._reconstruct) if s.compile else self._reconstruct
+
+    def _reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, logvar = self.sd.vae.moments(x)
+        z = mean + (0.5 * logvar).exp() * noise
+        return self.sd.vae.decode(z * self.sd.config.vae.scale_factor), mean, logvar
+
+    def __call__(self, step: int) -> Tensor:
+        g = generator(self.s.seed, step)
+        x = self.pictures.pixels(self.pictures.order(step), g).to(self.device)
+        x = x.flip(-1) if step % 2 else x
+        vae = self.sd.config.vae
+        noise = torch.randn(len(x), vae.z_channels, *(side // vae.downsampling for side in x.shape[2:]), generator=g)
+        y, mean, logvar = self.reconstruct(x, noise.to(self.device))
+        error = y.float() - x
+        loss = sum(F.avg_pool2d(error, scale).abs().mean() for scale in (1, 2, 4))
+        loss = loss + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return loss + self.s.kl * kl_divergence(mean.float(), logvar.float())
+
+    def some(self) -> Tensor:
+        return self.pictures.pixels(torch.arange(0, len(self.pictures), max(1, len(self.pictures) // 12))[:12]).to(self.device)
+
+    def before_saving(self) -> None:
+        if self.s.train == "vae":
+            with torch.no_grad():
+                self.sd.config.vae.scale_factor = 1 / float(self.sd.vae.moments(self.some())[0].std())
+
+    def samples(self) -> list[Image.Image]:
+        x = self.some()
+        y = self.sd.vae.decode(self.sd.vae.encode(x))
+        print(f"reconstruction: {float(-10 * ((y.clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)).log10().mean()):.2f} dB PSNR", flush=True)
+        pairs = (torch.stack([x, y], 1).flatten(0, 1).clamp(-1, 1) * 127.5 + 127.5).round().byte()
+        return [Image.fromarray(p) for p in pairs.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+class Pictures:
+    """All pictures (as RGBA bytes, cut to squares of the model's size) and captions of some folders, in memory."""
+
+    def __init__(self, s: Settings, size: int):
+        self.s = s
+        paths = sorted(path for folder in s.data for path in Path(folder).glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+        if not paths:
+            raise UserError(f"no pictures (png, jpg, webp) in {', '.join(s.data)}")
+        self.rgba = torch.stack([read_rgba(path, size) for path in paths])
+        self.captions = [read_captions(path.with_suffix(".txt")) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def order(self, step: int) -> Tensor:
+        """The pictures of a step (batch,): every picture once before any comes again."""
+        places = torch.arange(step * self.s.batch, (step + 1) * self.s.batch)
+        rounds = {int(r): torch.randperm(len(self), generator=generator(self.s.seed, r)) for r in (places // len(self)).unique()}
+        return torch.stack([rounds[int(p) // len(self)][int(p) % len(self)] for p in places])
+
+    def pixels(self, i: Tensor, g: torch.Generator | None = None) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1], on white, or with a generator half of them on a random colour."""
+        rgba = self.rgba[i].float() / 255
+        ground = torch.ones(len(i), 3, 1, 1)
+        if g is not None:
+            ground = torch.where(torch.rand(len(i), 1, 1, 1, generator=g) < 0.5, torch.rand(len(i), 3, 1, 1, generator=g), ground)
+        return torch.lerp(ground, rgba[:, :3], rgba[:, 3:]) * 2 - 1
+
+    def caption(self, i: int, g: torch.Generator) -> str:
+        """One of the picture's captions."""
+        lines = self.captions[i]
+        return lines[int(torch.randint(len(lines), (), generator=g))]
+
+
+def read_rgba(path: Path, size: int) -> Tensor:
+    """(4, size, size) bytes: the middle square of the picture."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {path}: {error}") from error
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_captions(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"no captions at {path}: each picture needs a .txt of its name, one caption a line")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
+
+
+# --- starting, stopping, saving ---
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The randomness of one step: a function of seed and step, so that a resumed run repeats an uninterrupted one."""
+    return torch.Generator().manual_seed((seed << 40) + int(step))
+
+
+def load_model(s: Settings, device: str) -> StableDiffusion:
+    """The built-in model, a checkpoint, or a row of PRESETS with random weights; all in fp32."""
+    if s.init in PRESETS:
+        torch.manual_seed(s.seed)
+        sd = StableDiffusion(deepcopy(PRESETS[s.init]))
+        for part in sd.parts.values():
+            part.to(device).requires_grad_(False)
+        return sd
+    return StableDiffusion.load(s.init or None, device, torch.float32)
+
+
+def resume(s: Settings, params: list[Tensor], ema: list[Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+    """Fill everything from s.out/state.pt and return the step to go on with; 0 if there is none."""
+    path = Path(s.out) / "state.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if [p.shape for p in state["params"]] != [p.shape for p in params]:
+        raise UserError(f"{path} is of another model: give another --out")
+    with torch.no_grad():
+        for mine, saved in zip([*params, *ema], [*state["params"], *state["ema"]]):
+            mine.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def write(path: str, state: dict) -> None:
+    """Whole or not at all: a run killed while saving keeps the file before."""
+    torch.save(state, path + ".tmp")
+    os.replace(path + ".tmp", path)
+
+
+@contextmanager
+def averaged(params: list[Tensor], ema: list[Tensor]) -> Iterator[None]:
+    """Within, the model has its averaged weights."""
+    def swap() -> None:
+        for p, e in zip(params, ema):
+            p.data, e.data = e.data, p.data
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def sheet(images: list[Image.Image], columns: int = 8) -> Image.Image:
+    """The pictures side by side, row by row."""
+    w, h = images[0].size
+    page = Image.new("RGB", (columns * w, -(-len(images) // columns) * h), "white")
+    for i, image in enumerate(images):
+        page.paste(image, (i % columns * w, i // columns * h))
+    return page
+
+
+def parse_settings() -> Settings:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Settings):
+        name = "--" + f.name.replace("_", "-")
+        if f.name == "data":
+            parser.add_argument(name, nargs="+", required=True)
+        elif f.type is bool:
+            parser.add_argument(name, action="store_true")
+        else:
+            parser.add_argument(name, type=f.type, default=f.default, help=f"default: {f.default!r}")
+    return Settings(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
