@@ -11,13 +11,15 @@ latent size with f = 8. Numbers: sampling runs in fp32 whatever the weights are;
 """
 import argparse
 import json
+import math
 import os
 import pickle
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,16 +89,15 @@ class StableDiffusion:
         """
         device, dtype = best_device_and_dtype(device, dtype)
         path = BUILTIN if path is None else Path(path)
-        names, tensor, metadata = open_checkpoint(path)
-        names = [name for name in names if not IGNORED.match(name)]
+        tensors, metadata = open_checkpoint(path)
+        shapes = {name: tensor().shape for name, tensor in tensors.items()}
         with torch.device("meta"):
-            sd = cls(preset_of(path, names, tensor, metadata))
-        check_names_and_shapes(path, {name: tensor(name).shape for name in names}, {k: v.shape for k, v in sd.state_dict().items()})
+            sd = cls(preset_of(path, shapes, metadata))
+        check_names_and_shapes(path, shapes, {name: tensor.shape for name, tensor in sd.state_dict().items()})
         for prefix, part in sd.parts.items():
             # fp16's largest number, 65504, is too small for some VAE activations: keep that part in fp32
             part_dtype = torch.float32 if part is sd.vae and dtype == torch.float16 else dtype
-            state = {name.removeprefix(prefix): tensor(name).to(device, part_dtype) for name in names if name.startswith(prefix)}
-            part.load_state_dict(state, assign=True)
+            part.load_state_dict({name: tensors[prefix + name]().to(device, part_dtype) for name in part.state_dict()}, assign=True)
             part.eval().requires_grad_(False)
         sd.metadata = metadata
         return sd
@@ -158,6 +159,10 @@ class StableDiffusion:
         Raises UserError for settings out of range and for NaNs on the way.
         """
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
+        if not 0 < strength <= 1 or (init is not None and int(steps * strength) < 1):
+            raise UserError(f"strength {strength} of {steps} steps: it must lie between {1 / steps:.3g} (one step) and 1")
+        if not 0 <= seed < 2**63 - batch:
+            raise UserError(f"the seed must lie between 0 and 2^63, not {seed}")
         sample, _, last = SAMPLERS[sampler]
         sigmas = [*SPACINGS[spacing](steps), last]
         shape = (self.config.vae.z_channels, height // self.config.vae.downsampling, width // self.config.vae.downsampling)
@@ -170,8 +175,6 @@ class StableDiffusion:
         if init is None or strength == 1:
             x = draw() * (sigmas[0] ** 2 + 1) ** 0.5
         else:
-            if not 0 < strength <= 1 or int(steps * strength) < 1:
-                raise UserError(f"strength {strength} with {steps} steps runs no step: give a strength above {1 / steps:.3g}, at most 1")
             sigmas = sigmas[steps - int(steps * strength):]
             init = init.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             x = self.encode_image([init] * batch, draw()) + sigmas[0] * draw()
@@ -198,6 +201,8 @@ class StableDiffusion:
             raise UserError(f"the size {width}x{height} must be multiples of {f}, such as {max(f, width // f * f)}x{max(f, height // f * f)}")
         if not 1 <= steps <= 1000:
             raise UserError(f"steps must lie between 1 and 1000, not {steps}")
+        if not math.isfinite(guidance):
+            raise UserError(f"guidance must be a number, not {guidance}")
         if sampler not in SAMPLERS:
             raise UserError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
         spacing = default(spacing, SAMPLERS[sampler].spacing)
@@ -212,36 +217,46 @@ IGNORED = re.compile(  # what files hold beside the weights: buffers, training s
     r".*position_ids$|model_ema\.|.*logit_scale$|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar)$")
 
 
-def open_checkpoint(path: Path) -> tuple[Iterable[str], Callable[[str], Tensor], dict[str, str]]:
-    """A file's tensor names, a function that gives a tensor by name, and its metadata. Memory-mapped; runs no code from the file."""
+def open_checkpoint(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """A file's tensors, by official name, each as a function that reads it, and its metadata.
+
+    The file is memory-mapped, and no code in it is run. Raises UserError if it cannot be read so.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give a single .safetensors or .ckpt file")
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
-            return file.keys(), file.get_tensor, file.metadata() or {}
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = state.get("state_dict", state)
-        return state.keys(), state.__getitem__, {}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError) as error:
-        why = str(error).split("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):
-            why = "it is damaged, or holds more than tensors and could run code; ask for the .safetensors of it"
-        raise UserError(f"{path} is not a checkpoint that can be read: {why}") from error
+            tensors, metadata = {name: partial(file.get_tensor, name) for name in file.keys()}, file.metadata() or {}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = state.get("state_dict", state)
+            tensors, metadata = {name: partial(state.get, name) for name, value in state.items() if isinstance(value, Tensor)}, {}
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged, or holds more than tensors and could run code: ask for a .safetensors file of it") from error
+    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
+        raise UserError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    text = "cond_stage_model.transformer."
+    tensors = {re.sub(rf"^{text}(?!text_model\.)", text + "text_model.", name): tensor for name, tensor in tensors.items()}  # old merges lack it
+    return {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}, metadata
 
 
-def preset_of(path: Path, names: list[str], tensor: Callable[[str], Tensor], metadata: dict[str, str]) -> Preset:
+def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str]) -> Preset:
     """The config in the file's metadata, or else the row of PRESETS with the same input and text widths."""
     if "config" in metadata:
-        config = json.loads(metadata["config"])
-        config |= {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"]), "text": CLIPTextConfig(**config["text"])}
-        return Preset(**config)
+        try:
+            config = json.loads(metadata["config"])
+            return Preset(**config | {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"]), "text": CLIPTextConfig(**config["text"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} has a config in its metadata that does not fit this version: {error}") from error
     unet = "model.diffusion_model."
     conv_in = unet + "input_blocks.0.0.weight"
-    to_k = next((name for name in names if name.startswith(unet) and name.endswith("attn2.to_k.weight")), None)
-    if to_k is None or conv_in not in names:
-        raise UserError(f"{path} is not a Stable Diffusion single file: it has no {conv_in}")
-    widths = tensor(conv_in).shape[1], tensor(to_k).shape[1]
+    to_k = next((name for name in shapes if name.startswith(unet) and name.endswith("attn2.to_k.weight")), None)
+    if to_k is None or conv_in not in shapes:
+        raise UserError(f"{path} is not a Stable Diffusion single file: it has no UNet under {unet}")
+    widths = shapes[conv_in][1], shapes[to_k][1]
     for preset in PRESETS.values():
         if widths == (preset.unet.in_channels, preset.unet.context_dim):
             return preset
@@ -353,10 +368,14 @@ def read_image(path: str) -> Image.Image:
 def write_png(image: Image.Image, path: Path, parameters: str) -> None:
     """The picture with its settings in the text chunk that other tools read, whole or not at all."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", parameters) if not parameters.isascii() else info.add_text("parameters", parameters)
+    info.add_itxt("parameters", parameters)
     temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, "PNG", pnginfo=info)
-    os.replace(temporary, path)
+    try:
+        image.save(temporary, "PNG", pnginfo=info)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Train a model from folders of captioned pictures: x.png beside x.txt, one caption a line, one line drawn at random each time.
 
-    python train.py --train vae --init emoji-untrained ...  see weights/README.md: how the built-in model was made
-    python train.py --data my_pictures --out runs/mine      fine-tune the built-in model; then python sd.py --ckpt runs/mine/model.safetensors "..."
+    python train.py --data my_pictures --out runs/mine            fine-tunes the built-in model; then
+    python sd.py "..." --ckpt runs/mine/model.safetensors         draws with it
+    python train.py --init emoji --train vae --data ...           from scratch; weights/README.md has all three stages
 
 Three things can be trained: `vae` (pictures to latents and back), `decoder` (its second half alone, which leaves the
 latents what they were) and `unet` (the UNet with its text encoder, on latents of the frozen VAE). The same command again
@@ -72,8 +73,10 @@ def train(s: Settings) -> None:
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     sd = load_model(s, device)
     pictures = Pictures(s, sd.config.size)
-    trained = {"unet": [sd.unet, sd.text], "vae": [sd.vae], "decoder": [sd.vae.decoder, sd.vae.post_quant_conv]}[s.train]
-    params = [p.requires_grad_() for part in trained for p in part.parameters()]
+    parts = {"unet": [sd.unet, sd.text], "vae": [sd.vae], "decoder": [sd.vae.decoder, sd.vae.post_quant_conv]}
+    if s.train not in parts:
+        raise UserError(f"--train takes {', '.join(parts)}, not {s.train!r}")
+    params = [p.requires_grad_() for part in parts[s.train] for p in part.parameters()]
     ema = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, s.lr, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device, enabled=s.amp == "fp16")

@@ -1,0 +1,298 @@
+"""The two commands, sd.py and train.py, as a user meets them: right use, wrong use, interruption."""
+import io
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sd as sd_module
+import train as train_module
+from clip import CLIPTextConfig
+from model import UNetConfig
+from sd import BUILTIN, PRESETS, Preset, StableDiffusion
+from vae import VAEConfig
+
+HERE = Path(__file__).parent
+TINY = Preset(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1), num_heads=(2, 2), context_dim=32),
+              VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), CLIPTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
+              size=32, steps=3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small random model as a file."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    StableDiffusion(TINY).save(path, torch.float32)
+    return path
+
+
+def command(module, capsys, *args):
+    """`python module.py args` in this process -> (exit code, stderr, stdout)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args)])
+        patch.setattr("warnings.showwarning", None)
+        try:
+            module.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+    out, err = capsys.readouterr()
+    return code, err, out
+
+
+def refused(capsys, out, *args):
+    """sd.py must end with exit code 2, one line, and no file at or beside `out`; returns the line."""
+    before = set(Path(out).parent.glob("*")) if Path(out).parent.is_dir() else set()
+    code, err, _ = command(sd_module, capsys, "a cat", "--out", out, *args)
+    lines = [line for line in err.replace("\r", "\n").split("\n") if line.strip() and "step/s" not in line and "?step" not in line]
+    assert code == 2 and len(lines) == 1, (code, lines)
+    assert not Path(out).parent.is_dir() or set(Path(out).parent.glob("*")) == before
+    return lines[0]
+
+
+# --- sd.py, rightly used ---
+
+def test_first_command_of_the_readme(tmp_path):
+    """A new process, another folder, no network: the built-in model draws a red apple, mostly red where it is not white."""
+    done = subprocess.run([sys.executable, HERE / "sd.py", "a red apple"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "built-in model" in done.stdout and "--ckpt" in done.stdout
+    picture = np.asarray(Image.open(tmp_path / "a-red-apple.png")).astype(float)
+    assert picture.shape == (64, 64, 3)
+    drawn = picture[picture.min(-1) < 200].mean(0)
+    assert drawn[0] > drawn[1] + 50 and drawn[0] > drawn[2] + 50
+
+
+def test_png_holds_what_is_needed_to_make_it_again(tiny, tmp_path, capsys):
+    code, _, _ = command(sd_module, capsys, "naïve 猫\nsecond line", "--negative", "grey", "--steps", 4, "--guidance", 0, "--seed", 7, "--width", 40,
+                         "--sampler", "euler_a", "--spacing", "karras", "--batch", 2, "--ckpt", tiny, "--out", tmp_path / "p.png")
+    assert code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["p-7.png", "p-8.png"]
+    picture = Image.open(tmp_path / "p-8.png")
+    prompt, negative, rest = re.fullmatch(r"(?s)(.*)\nNegative prompt: (.*)\n(Steps: .*)", picture.text["parameters"]).groups()
+    told = dict(pair.split(": ") for pair in rest.split(", "))
+    width, height = map(int, told["Size"].split("x"))
+    again = StableDiffusion.load(tiny).generate(prompt, negative, width, height, int(told["Steps"]), float(told["CFG scale"]), told["Sampler"],
+                                                int(told["Seed"]), spacing=told["Schedule type"])[0]
+    assert (width, height) == (40, 32) and np.array_equal(np.asarray(again), np.asarray(picture))
+
+
+def test_init_picture(tiny, tmp_path, capsys):
+    """Any mode and size of picture is taken; little strength keeps it (to the latent's precision), strength 1 forgets it."""
+    Image.new("LA", (50, 70), (10, 128)).save(tmp_path / "grey.png")
+    Image.new("RGB", (50, 70), (250, 0, 0)).save(tmp_path / "red.jpg")
+    pictures = {}
+    for name, strength in (("grey.png", 0.4), ("red.jpg", 0.4), ("grey.png", 1), ("red.jpg", 1)):
+        code, _, _ = command(sd_module, capsys, "", "--init", tmp_path / name, "--strength", strength, "--ckpt", tiny, "--out", tmp_path / "o.png")
+        assert code == 0
+        pictures[name, strength] = np.asarray(Image.open(tmp_path / "o.png"))
+    assert not np.array_equal(pictures["grey.png", 0.4], pictures["red.jpg", 0.4])
+    assert np.array_equal(pictures["grey.png", 1], pictures["red.jpg", 1])
+
+
+def test_empty_prompt_is_allowed(tiny, tmp_path, capsys):
+    assert command(sd_module, capsys, "", "--ckpt", tiny, "--out", tmp_path / "o.png")[0] == 0
+    assert (tmp_path / "o.png").exists()
+
+
+def test_cut_prompt_is_told(tiny, tmp_path, capsys):
+    code, err, _ = command(sd_module, capsys, "cat " * 75 + "spaceship moon", "--ckpt", tiny, "--out", tmp_path / "o.png")
+    assert code == 0 and "'spaceship moon'" in err
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_official_file_loads_with_its_extras(tiny, tmp_path, suffix):
+    """Schedule buffers, position_ids, EMA copies and training state are passed over; the tensors come out as they went in."""
+    tensors = load_file(tiny)
+    extras = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None], "betas": torch.ones(1000),
+              "sqrt_recipm1_alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(()), "model_ema.diffusion_modelout2bias": torch.ones(4)}
+    path = tmp_path / f"full{suffix}"
+    config = {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]}
+    if suffix == ".safetensors":
+        save_file(tensors | extras, path, config)
+    else:
+        torch.save({"state_dict": tensors | extras, "global_step": 5}, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)  # a .ckpt has no metadata: its row is found by its widths
+        loaded = StableDiffusion.load(path, "cpu", torch.float32).state_dict()
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_saved_file_round_trips(tiny, tmp_path):
+    sd = StableDiffusion.load(tiny, "cpu", torch.float32)
+    sd.save(tmp_path / "again.safetensors", torch.float32)
+    again = StableDiffusion.load(tmp_path / "again.safetensors", "cpu", torch.float32)
+    assert again.config == sd.config or vars(again.config.unet).keys() == vars(sd.config.unet).keys()
+    assert all(torch.equal(a, b) for a, b in zip(sd.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_builtin_file():
+    """At most 50 MB, official names with the row's config, its captions listed."""
+    assert BUILTIN.stat().st_size <= 50e6
+    sd = StableDiffusion.load()
+    assert len(sd.metadata["captions"]) > 500
+    assert sd.tokenizer("I love cats and dogs.").shape == (1, 77)
+    assert sd.encode_prompt(["a cat", "a dog"]).shape == (2, 77, sd.config.text.hidden_size)
+
+
+# --- sd.py, wrongly used: exit code 2, one clear line, nothing written ---
+
+class RunsCode:
+    def __reduce__(self):
+        return (Path.touch, (Path("ran.txt"),))
+
+
+def bad_checkpoints(tiny, folder):
+    """name -> words the answer must hold; the files are made in `folder`."""
+    good, tensors = tiny.read_bytes(), load_file(tiny)
+    config = {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]}
+    (folder / "truncated.safetensors").write_bytes(good[: len(good) // 2])
+    (folder / "garbage.safetensors").write_bytes(bytes(range(256)) * 20)
+    (folder / "empty.safetensors").write_bytes(b"")
+    (folder / "garbage.ckpt").write_bytes(bytes(range(256)) * 20)
+    (folder / "empty.ckpt").write_bytes(b"")
+    torch.save(tensors, folder / "whole.ckpt")
+    (folder / "truncated.ckpt").write_bytes((folder / "whole.ckpt").read_bytes()[:100_000])
+    (folder / "whole.ckpt").unlink()
+    torch.save([1, 2], folder / "list.ckpt")
+    torch.save({"state_dict": {"x": RunsCode()}}, folder / "code.ckpt")
+    (folder / "oldcode.ckpt").write_bytes(pickle.dumps({"x": RunsCode()}))
+    save_file({"encoder.weight": torch.zeros(2)}, folder / "other.safetensors")
+    unet = "model.diffusion_model."
+    save_file({unet + "input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3), unet + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 1024)},
+              folder / "sd2.safetensors")
+    first, *_, last = tensors
+    save_file({k: v for k, v in tensors.items() if k not in (first, last)}, folder / "missing.safetensors", config)
+    save_file(tensors | {f"extra.{i}": torch.zeros(1) for i in range(7)}, folder / "surplus.safetensors", config)
+    save_file(tensors | {first: torch.zeros(3, 5)}, folder / "shape.safetensors", config)
+    save_file(tensors, folder / "config.safetensors", {"config": '{"unet": {"width": 3}}'})
+    return {
+        "none.safetensors": "no such file", "": "folder", "truncated.safetensors": "cannot|can be read", "garbage.safetensors": "can be read",
+        "empty.safetensors": "can be read", "garbage.ckpt": "damaged", "empty.ckpt": "can be read", "truncated.ckpt": "can be read|damaged", "list.ckpt": "can be read",
+        "code.ckpt": "could run code", "oldcode.ckpt": "could run code|can be read", "other.safetensors": "not a Stable Diffusion", "sd2.safetensors": "1024.*768",
+        "missing.safetensors": f"2 missing: {re.escape(first)}, {re.escape(last)}|2 missing: {re.escape(last)}, {re.escape(first)}",
+        "surplus.safetensors": r"7 surplus: extra.0, extra.1, extra.2, extra.3, extra.4, \.\.\.", "shape.safetensors": r"\[3, 5\] instead of \[", "config.safetensors": "config",
+    }
+
+
+def test_bad_checkpoints(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = tmp_path / "files"
+    files.mkdir()
+    for name, words in bad_checkpoints(tiny, files).items():
+        line = refused(capsys, tmp_path / "o.png", "--ckpt", files / name)
+        assert re.search(words, line) and str(files) in line, (name, line)
+    assert not (tmp_path / "ran.txt").exists()
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--width", "100"], "multiples of 8"), (["--height", "0"], "multiples of 8"), (["--width", "-64"], "multiples of 8"),
+    (["--steps", "0"], "between 1 and 1000"), (["--steps", "1001"], "between 1 and 1000"), (["--sampler", "magic"], "dpmpp_2m"),
+    (["--spacing", "magic"], "karras"), (["--guidance", "nan"], "guidance"), (["--seed", "-1"], "seed"), (["--batch", "0"], "batch"),
+    (["--strength", "0"], "strength"), (["--strength", "1.5"], "strength"), (["--strength", "0.1", "--init", HERE / "docs/emoji.png"], "strength"),
+    (["--init", "nowhere.png"], "nowhere.png"), (["--init", __file__], "cannot read"), (["--device", "toaster"], "toaster"),
+])
+def test_bad_settings(tiny, tmp_path, capsys, args, words):
+    assert words in refused(capsys, tmp_path / "o.png", "--ckpt", tiny, *args)
+
+
+@pytest.mark.parametrize("out", ["nowhere/o.png", "o.txt", "", "/proc/o.png", f"{__file__}/o.png"])
+def test_bad_output_paths(tiny, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    assert re.search("cannot write|must end in .png", refused(capsys, out, "--ckpt", tiny))
+
+
+def test_nan_is_told_and_never_drawn(tiny, tmp_path, capsys):
+    tensors = load_file(tiny)
+    tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
+    path = tmp_path / "nan.safetensors"
+    save_file(tensors, path, {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]})
+    assert "NaN at step 1, try --dtype fp32" in refused(capsys, tmp_path / "o.png", "--ckpt", path)
+    tensors["model.diffusion_model.out.2.bias"][0] = 0
+    tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
+    save_file(tensors, path, {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]})
+    assert "NaN in the decoded picture" in refused(capsys, tmp_path / "o.png", "--ckpt", path)
+
+
+# --- train.py ---
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    """Five captioned pictures: discs of five colours on transparent ground."""
+    folder = tmp_path_factory.mktemp("five")
+    for name in ("red", "green", "blue", "yellow", "black"):
+        disc = Image.composite(Image.new("RGBA", (80, 80), name), Image.new("RGBA", (80, 80)), Image.radial_gradient("L").resize((80, 80)).point(lambda v: 255 * (v < 90)))
+        disc.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{name} disc\na {name} disc\n")
+    return folder
+
+
+def trained(capsys, *args):
+    code, err, out = command(train_module, capsys, *args)
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.parametrize("what", ["unet", "vae", "decoder"])
+def test_resumed_training_equals_uninterrupted(tiny, five, tmp_path, capsys, what):
+    """Killed after step 4 of 8 and started again: the same weights, bit for bit, in model.safetensors and state.pt."""
+    common = ["--data", five, "--init", tiny, "--train", what, "--steps", 8, "--batch", 3, "--save-every", 4, "--sample-every", 0, "--device", "cpu", "--warmup", 6, "--decay", 3]
+    trained(capsys, *common, "--out", tmp_path / "whole")
+    save = StableDiffusion.save
+
+    def save_then_die(self, path, *rest):
+        if save_then_die.saves == 1:
+            raise KeyboardInterrupt
+        save_then_die.saves += 1
+        save(self, path, *rest)
+    save_then_die.saves = 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StableDiffusion, "save", save_then_die)
+        command(train_module, capsys, *common, "--out", tmp_path / "cut")
+    assert "steps 4 to 8" in trained(capsys, *common, "--out", tmp_path / "cut")
+    whole, cut = (torch.load(tmp_path / run / "state.pt") for run in ("whole", "cut"))
+    start = load_file(tiny)
+    moved = load_file(tmp_path / "whole/model.safetensors")
+    assert any(not torch.equal(moved[name].float(), start[name].half().float()) for name in start)
+    assert whole["step"] == cut["step"] == 8
+    for key in ("params", "ema"):
+        assert all(torch.equal(a, b) for a, b in zip(whole[key], cut[key], strict=True))
+    again = load_file(tmp_path / "cut/model.safetensors")
+    assert all(torch.equal(moved[name], again[name]) for name in moved)
+
+
+def test_one_batch_is_learned_by_heart(five, tmp_path, capsys):
+    """The built-in model on five pictures, always the same noise levels' distribution: the loss falls to a quarter."""
+    out = trained(capsys, "--data", five, "--out", tmp_path / "o", "--init", "emoji", "--steps", 150, "--batch", 5, "--lr", 2e-3, "--log-every", 10, "--tokens", 16,
+                  "--save-every", 1000, "--sample-every", 0, "--caption-dropout", 0, "--device", "cpu")
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
+    assert losses[-1] < losses[0] / 4, losses
+
+
+def test_finetune_loads_in_sd(five, tmp_path, capsys):
+    """The README's fine-tuning command, shortened: built-in model, five pictures, and its file draws."""
+    trained(capsys, "--data", five, "--out", tmp_path / "mine", "--steps", 3, "--batch", 2, "--sample-every", 3)
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["model.safetensors", "sample-0000003.png", "state.pt"]
+    assert command(sd_module, capsys, "red disc", "--ckpt", tmp_path / "mine/model.safetensors", "--out", tmp_path / "o.png")[0] == 0
+
+
+def test_train_wrongly_used(tiny, five, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "uncaptioned").mkdir()
+    shutil.copy(five / "red.png", tmp_path / "uncaptioned")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/x.png").write_bytes(b"no picture")
+    for args, words in ((["--data", tmp_path / "empty"], "no pictures"), (["--data", tmp_path / "nowhere"], "no pictures"), (["--data", tmp_path / "uncaptioned"], "red.txt"),
+                        (["--data", tmp_path / "broken"], "x.png"), (["--data", five, "--init", "nowhere.safetensors"], "no such file"), (["--data", five, "--lr", "1e9"], "the loss is"),
+                        (["--data", five, "--train", "gan"], "gan")):
+        code, err, _ = command(train_module, capsys, "--init", tiny, "--steps", 30, "--log-every", 5, "--out", tmp_path / "out", "--sample-every", 0, *args)
+        assert code == 2 and words in err and err.count("\n") == 1, (args, err)
