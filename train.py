@@ -10,7 +10,6 @@ goes on where the last run stopped, to the same end: all randomness of a step co
 """
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -74,8 +73,8 @@ def train(s: Settings) -> None:
     sd = load_model(s, device)
     pictures = Pictures(s, sd.config.size)
     parts = {"unet": [sd.unet, sd.text], "vae": [sd.vae], "decoder": [sd.vae.decoder, sd.vae.post_quant_conv]}
-    if s.train not in parts:
-        raise UserError(f"--train takes {', '.join(parts)}, not {s.train!r}")
+    if s.train not in parts or s.amp not in ("", "bf16", "fp16"):
+        raise UserError(f"--train takes {', '.join(parts)}, --amp takes bf16 or fp16; not {s.train!r} and {s.amp!r}")
     params = [p.requires_grad_() for part in parts[s.train] for p in part.parameters()]
     ema = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, s.lr, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
@@ -91,6 +90,8 @@ def train(s: Settings) -> None:
             group["lr"] = s.lr * min(1, (step + 1) / max(s.warmup, 1), (s.steps - step) / max(s.decay, 1))
         with autocast, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():  # the fused CPU kernel's backward is slow
             loss = loss_of(step)
+        if not loss.isfinite():
+            raise UserError(f"the loss is {float(loss)} at step {step + 1}: lower --lr; what was saved last is in {s.out}")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(params, s.clip)
@@ -101,9 +102,6 @@ def train(s: Settings) -> None:
 
         seen, total = seen + 1, total + loss.detach()
         if (step + 1) % s.log_every == 0 or step + 1 == s.steps:
-            if not total.isfinite():
-                raise UserError(f"the loss is {float(total)} at step {step + 1}: lower --lr, or leave out --amp fp16; "
-                                f"the last good state is in {s.out}")
             speed = seen * s.batch / (time.time() - clock)
             print(f"step {step + 1}/{s.steps}  loss {float(total) / seen:.4f}  {speed:.1f} images/s", flush=True)
             seen, total, clock = 0, torch.zeros((), device=device), time.time()
@@ -123,7 +121,7 @@ class UNetLoss:
 
     def __init__(self, s: Settings, sd: StableDiffusion, pictures: "Pictures", device: str):
         self.s, self.sd, self.pictures, self.device = s, sd, pictures, device
-        self.tokenizer = Tokenizer(length=s.tokens)
+        sd.tokenizer = Tokenizer(length=s.tokens)
         self.unet = torch.compile(sd.unet) if s.compile else sd.unet
         with torch.no_grad():  # the VAE is frozen: its mean and standard deviation are computed once
             chunks = [sd.vae.moments(pictures.pixels(i).to(device)) for i in torch.arange(len(pictures)).split(64)]
@@ -141,7 +139,7 @@ class UNetLoss:
         x0 = (self.mean[i] + self.std[i] * randn()) * self.sd.config.vae.scale_factor
         keep = torch.rand(s.batch, generator=g) >= s.caption_dropout
         captions = [self.pictures.caption(int(j), g) if kept else "" for j, kept in zip(i, keep)]
-        tokens = self.tokenizer(captions).to(self.device)
+        tokens = self.sd.tokenizer(captions).to(self.device)
         context = self.sd.text(tokens)
         y = None if self.sd.config.unet.adm_in_channels is None else self.sd.text.pool(context, tokens)
         u = (torch.rand((), generator=g) + torch.arange(s.batch) / s.batch) % 1  # evenly spread: less noise in the loss
@@ -169,7 +167,7 @@ class VAELoss:
     def _reconstruct(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mean, logvar = self.sd.vae.moments(x)
         z = mean + (0.5 * logvar).exp() * noise
-        return self.sd.vae.decode(z * self.sd.config.vae.scale_factor), mean, logvar
+        return self.sd.vae.decoder(self.sd.vae.post_quant_conv(z)), mean, logvar
 
     def __call__(self, step: int) -> Tensor:
         g = generator(self.s.seed, step)
@@ -183,16 +181,17 @@ class VAELoss:
         loss = loss + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         return loss + self.s.kl * kl_divergence(mean.float(), logvar.float())
 
-    def some(self) -> Tensor:
-        return self.pictures.pixels(torch.arange(0, len(self.pictures), max(1, len(self.pictures) // 12))[:12]).to(self.device)
+    def some(self, n: int) -> Tensor:
+        """At most n of the pictures, evenly chosen."""
+        return self.pictures.pixels(torch.linspace(0, len(self.pictures) - 1, min(n, len(self.pictures))).long()).to(self.device)
 
     def before_saving(self) -> None:
         if self.s.train == "vae":
             with torch.no_grad():
-                self.sd.config.vae.scale_factor = 1 / float(self.sd.vae.moments(self.some())[0].std())
+                self.sd.config.vae.scale_factor = 1 / float(self.sd.vae.moments(self.some(256))[0].std())
 
     def samples(self) -> list[Image.Image]:
-        x = self.some()
+        x = self.some(12)
         y = self.sd.vae.decode(self.sd.vae.encode(x))
         print(f"reconstruction: {float(-10 * ((y.clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)).log10().mean()):.2f} dB PSNR", flush=True)
         pairs = (torch.stack([x, y], 1).flatten(0, 1).clamp(-1, 1) * 127.5 + 127.5).round().byte()
