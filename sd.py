@@ -17,6 +17,7 @@ import pickle
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -230,6 +231,8 @@ def open_checkpoint(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[s
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             tensors, metadata = {name: partial(file.get_tensor, name) for name in file.keys()}, file.metadata() or {}
+        elif not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is damaged, or no checkpoint of PyTorch 1.6 or later")
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state = state.get("state_dict", state)

@@ -91,7 +91,7 @@ def train(s: Settings) -> None:
         with autocast, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():  # the fused CPU kernel's backward is slow
             loss = loss_of(step)
         if not loss.isfinite():
-            raise UserError(f"the loss is {float(loss)} at step {step + 1}: lower --lr; what was saved last is in {s.out}")
+            raise UserError(f"the loss is {loss.item()} at step {step + 1}: lower --lr; what was saved last is in {s.out}")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(params, s.clip)

@@ -1,0 +1,566 @@
+"""Parity: what this project computes against independent implementations and closed forms. No downloads.
+
+    pip install -r requirements-test.txt
+    pytest test_sd.py
+
+The references are diffusers (UNet, VAE, samplers, whole pipelines), transformers (token ids, text features), the exact
+solution of the reverse process for Gaussian data, and the formulas of the papers. Weights are random everywhere, the
+norms and the zero-initialised layers too, so that no path multiplies by zero or one; diffusers' own code renames them.
+"""
+import gzip
+import math
+import random
+import unicodedata
+import warnings
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from PIL import Image
+from torch import nn
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import sampler
+from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
+from model import CrossAttention, ResBlock, UNetConfig, UNetModel, attention, timestep_embedding
+from sampler import ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target
+from sd import PRESETS, Preset, StableDiffusion, UserError
+from vae import AutoencoderKL, Downsample, VAEConfig, kl_divergence
+
+torch.set_num_threads(1)  # most networks here are so small that threads cost more than they bring
+
+SMALL = Preset(  # SD 1.x in small: same structure, same prefixes, 64x64 pictures
+    UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(1, 1), num_heads=(2, 4), context_dim=32,
+               num_groups=8),
+    VAEConfig(ch=16, num_res_blocks=1, num_groups=4),
+    CLIPTextConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2), size=64)
+
+
+# --- helpers ---
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Every weight random: matrices keep the variance, norms are 1 +- 0.1, biases 0 +- 0.1. Meta tensors become real."""
+    module.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.uniform_(-(3**0.5), 3**0.5, generator=generator)
+            if p.ndim == 1:
+                p.mul_(0.1).add_(name.endswith("weight"))
+            else:
+                p.mul_(p[0].numel() ** -0.5)
+    return module.eval().requires_grad_(False)
+
+
+def random_model(config: Preset = SMALL) -> StableDiffusion:
+    sd = StableDiffusion(config)
+    for seed, part in enumerate(sd.parts.values()):
+        randomise(part, seed)
+    return sd
+
+
+def on_meta(network, config):
+    with torch.device("meta"):
+        return network(config)
+
+
+def reference_unet(cfg: UNetConfig, state: dict) -> nn.Module:
+    def kinds(side):
+        return [("CrossAttn" if depth else "") + side + "Block2D" for depth in cfg.transformer_depth]
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            in_channels=cfg.in_channels, out_channels=cfg.out_channels, block_out_channels=[cfg.model_channels * m for m in cfg.channel_mult],
+            layers_per_block=cfg.num_res_blocks, down_block_types=kinds("Down"), up_block_types=kinds("Up")[::-1],
+            cross_attention_dim=cfg.context_dim, attention_head_dim=cfg.num_heads, norm_num_groups=cfg.num_groups,
+            sample_size=64, class_embed_type=cfg.adm_in_channels and "projection", projection_class_embeddings_input_dim=cfg.adm_in_channels)
+    unet.load_state_dict(convert_ldm_unet_checkpoint(state, unet.config), strict=True, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def reference_vae(cfg: VAEConfig, state: dict) -> nn.Module:
+    levels = len(cfg.ch_mult)
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+            block_out_channels=[cfg.ch * m for m in cfg.ch_mult], layers_per_block=cfg.num_res_blocks, latent_channels=cfg.z_channels,
+            norm_num_groups=cfg.num_groups, scaling_factor=cfg.scale_factor)
+    vae.load_state_dict(convert_ldm_vae_checkpoint(state, vae.config), strict=True, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
+def reference_text(cfg: CLIPTextConfig, state: dict) -> nn.Module:
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=4 * cfg.hidden_size, hidden_act="quick_gelu",
+        num_hidden_layers=cfg.num_hidden_layers, num_attention_heads=cfg.num_attention_heads, layer_norm_eps=1e-5,
+        max_position_embeddings=cfg.max_position_embeddings, bos_token_id=49406, eos_token_id=49407))
+    state = {name.removeprefix("text_model."): t for name, t in convert_ldm_clip_checkpoint(state).items()}  # transformers 5 drops it
+    text.load_state_dict(state, strict=True)
+    return text.eval().requires_grad_(False)
+
+
+@cache
+def reference_tokenizer() -> transformers.CLIPTokenizer:
+    merges = [tuple(line.split()) for line in gzip.open(MERGES, "rt", encoding="utf-8").read().split("\n")[1:48895]]
+    alphabet = list(bytes_to_unicode().values())
+    words = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=merges, model_max_length=77)
+
+
+@cache
+def pair(prediction: str, pipeline=diffusers.StableDiffusionPipeline):
+    """A small random model, and diffusers' pipeline with the same weights."""
+    sd = random_model(replace(SMALL, prediction=prediction))
+    state = sd.state_dict()
+    pipe = pipeline(reference_vae(SMALL.vae, state), reference_text(SMALL.text, state), reference_tokenizer(), reference_unet(SMALL.unet, state),
+                    None, None, None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return sd, pipe
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def psnr(a, b, peak: float = 255) -> float:
+    """In dB; 100 dB of latents is a relative error of about 1e-5, 50 dB of pictures is 0.8 levels out of 255."""
+    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(peak**2 / error)
+
+
+# --- names and shapes ---
+
+def test_names_and_shapes_are_those_of_official_files():
+    """sd1.tsv.gz was derived from the original code and configs, not from this project."""
+    rows = [line.split("\t") for line in gzip.open(Path(MERGES).with_name("sd1.tsv.gz"), "rt")]
+    wanted = {row[0]: row[1].strip() for row in rows if not row[0].endswith("position_ids")}
+    state = on_meta(StableDiffusion, PRESETS["sd1"]).state_dict()
+    assert {name: "x".join(map(str, t.shape)) for name, t in state.items()} == wanted
+    assert sum(t.numel() for t in state.values()) == 859_520_964 + 83_653_863 + 123_060_480
+
+
+# --- the networks, full size ---
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_text_equals_transformers(name):
+    text = randomise(on_meta(CLIPTextModel, PRESETS[name].text))
+    reference = reference_text(text.cfg, {"cond_stage_model.transformer.text_model." + k: v for k, v in text.state_dict().items()})
+    tokens = Tokenizer()(["a red apple", "", "cat " * 75])
+    features, wanted = text(tokens), reference(tokens)
+    assert relative_error(features, wanted.last_hidden_state) < 1e-5
+    assert relative_error(text.pool(features, tokens), wanted.pooler_output) < 1e-5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_unet_equals_diffusers(name):
+    """At a usual and an odd size, each row with a time of its own, one of them a fraction."""
+    unet = randomise(on_meta(UNetModel, PRESETS[name].unet))
+    cfg = unet.cfg
+    reference = reference_unet(cfg, {"model.diffusion_model." + k: v for k, v in unet.state_dict().items()})
+    t, context = torch.tensor([981.0, 37.25]), torch.randn(2, 77, cfg.context_dim)
+    y = None if cfg.adm_in_channels is None else torch.randn(2, cfg.adm_in_channels)
+    for height, width in (16, 16), (11, 13):
+        x = torch.randn(2, cfg.in_channels, height, width)
+        assert relative_error(unet(x, t, context, y), reference(x, t, context, class_labels=y).sample) < 1e-5
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_vae_equals_diffusers(name):
+    vae = randomise(on_meta(AutoencoderKL, PRESETS[name].vae))
+    reference = reference_vae(vae.cfg, {"first_stage_model." + k: v for k, v in vae.state_dict().items()})
+    x = torch.rand(1, 3, 64, 48) * 2 - 1
+    wanted = reference.encode(x).latent_dist
+    mean, logvar = vae.moments(x)
+    assert relative_error(mean, wanted.mean) < 1e-5 and relative_error(logvar, wanted.logvar) < 1e-5
+    noise = torch.randn_like(mean)
+    assert relative_error(vae.encode(x, noise), (wanted.mean + wanted.std * noise) * vae.cfg.scale_factor) < 1e-5
+    assert relative_error(vae.decode(mean * vae.cfg.scale_factor), reference.decode(mean).sample) < 1e-5
+
+
+def test_kl_divergence_is_that_of_gaussians():
+    mean, logvar = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
+    wanted = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0, 1))
+    torch.testing.assert_close(kl_divergence(mean, logvar), wanted.sum() / 3)
+
+
+# --- token ids ---
+
+def awkward_prompts() -> list[str]:
+    prompts = [
+        "I love cats and dogs.", "", " ", " \t\n ", "a", "!", "!!!", "?!...,,,;;", "--==##@@", "a photo of a cat, 4k, 8K uhd, trending on artstation",
+        "café", unicodedata.normalize("NFD", "café Ångström ñandú ệ"), "Ångström ñandú ệ", "naïve façade", "straße STRASSE ẞ", "İstanbul ıI", "ΌΣΟΣ ὈΔΥΣΣΕΎΣ",
+        "猫と犬が好き", "红色的苹果", "사과 두 개", "красное яблоко", "تفاحة حمراء", "תפוח אדום", "लाल सेब", "แอปเปิ้ล", "mixed 日本語 and English и русский",
+        "🍎", "👨‍👩‍👧‍👦 family", "❤️🔥", "🏳️‍🌈flag", "👍🏽ok", "cat🐱dog", "1️⃣", "I'm you're they've we'll he'd it's can't", "I'M YOU'RE THEY'VE WE'LL HE'D IT'S CAN'T",
+        "'s't're've'm'll'd", "rock'n'roll o'clock '90s", "don’t “quote”", "h2o 3d 1234567890 4k2 v1.5 3.14", "²³½ Ⅷ ٣ ①", "&amp; &lt;b&gt; &#39; &nbsp;", "<b>bold</b>",
+        "a\tb\nc\r\nd", "a\u00a0b", "a\u200bb", "a\u200db", "\ufeffbom", "a\u2003b\u3000c", "a\u0085b\u001cc\u180ed", "a\x00b\x07c", "  many   spaces  ",
+        "word " * 200, "supercalifragilisticexpialidocious" * 5, "a" * 300, "." * 300, "<|endoftext|>", "a <|endoftext|> b", "<|startoftext|>a<|endoftext|>",
+        "a<|endoftext|>b", "<|ENDOFTEXT|>", "a <|StartOfText|>, b", "<|endoftext|", "snake_case CamelCase kebab-case", "http://a.b/c?d=e&f=g#h", "C:\\path\\file.txt", "a_b__c",
+        "ﬁne ligature", "ǅ ŉ ß ſ", "e\u0301\u0301", "\u0301", "क्ष", "a\u0308\u0323 \u1e00", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ＦＵＬＬｗｉｄｔｈ", "(a:1.3) [b] {c|d}", "100% $5 €7 £8 ¥9", "~`^*+=|",
+    ]
+    rng = random.Random(0)
+    ranges = (0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x52F), (0x590, 0x6FF), (0x900, 0xDFF), (0x2000, 0x2BFF), (0x3000, 0x9FFF), (0x1F300, 0x1FAFF), (0x20, 0xD7FF)
+    for i in range(300):
+        chosen = rng.sample(ranges, rng.randint(1, 3))
+        prompts.append("".join(chr(rng.randint(*rng.choice(chosen))) if rng.random() < 0.8 else " " for _ in range(rng.randint(1, 60))))
+    return prompts
+
+
+@pytest.mark.filterwarnings("ignore:the prompt is")
+def test_ids_equal_transformers():
+    """377 awkward prompts, padded with the end token to 77 and cut to 77."""
+    prompts = awkward_prompts()
+    ours = Tokenizer()(prompts).tolist()
+    theirs = reference_tokenizer()(prompts, padding="max_length", max_length=77, truncation=True).input_ids
+    assert {p: (a, b) for p, a, b in zip(prompts, ours, theirs) if a != b} == {}
+
+
+def test_known_ids():
+    tokenizer = Tokenizer()
+    assert tokenizer("I love cats and dogs.")[0, :8].tolist() == [49406, 328, 793, 3989, 537, 3255, 269, 49407]
+    assert tokenizer("").tolist() == [[49406] + [49407] * 76]
+    assert [i for i, _ in tokenizer.tokens("4k !")] == [275, 330, 256]
+    assert tokenizer(["a", "b", "c"]).shape == (3, 77)
+
+
+def test_a_cut_prompt_keeps_its_end_and_warns_with_the_words_cut():
+    with pytest.warns(UserWarning) as record:
+        ids = Tokenizer()("cat " * 75 + "and two Dogs, café")[0]
+    assert ids[75] == 2368 and ids[76] == 49407
+    assert len(record) == 1 and "'and two Dogs, café'" in str(record[0].message)
+    with warnings.catch_warnings(action="error"):
+        Tokenizer()("cat " * 75)
+
+
+# --- whole pictures against diffusers' pipelines ---
+
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+LEADING = dict(timestep_spacing="leading", steps_offset=1)
+DPMPP = dict(algorithm_type="dpmsolver++", solver_order=2)
+SCHEDULERS = {  # (our sampler, our spacing): (diffusers' scheduler, its settings beside BETAS)
+    ("ddim", "leading"): (diffusers.DDIMScheduler, dict(clip_sample=False, set_alpha_to_one=False, **LEADING)),
+    ("ddpm", "leading"): (diffusers.DDPMScheduler, dict(clip_sample=False, **LEADING)),
+    ("euler", "linspace"): (diffusers.EulerDiscreteScheduler, dict(timestep_spacing="linspace")),
+    ("euler", "leading"): (diffusers.EulerDiscreteScheduler, LEADING),
+    ("euler", "trailing"): (diffusers.EulerDiscreteScheduler, dict(timestep_spacing="trailing")),
+    ("euler", "karras"): (diffusers.EulerDiscreteScheduler, dict(timestep_spacing="linspace", use_karras_sigmas=True)),
+    ("euler_a", "linspace"): (diffusers.EulerAncestralDiscreteScheduler, dict(timestep_spacing="linspace")),
+    ("dpmpp_2m", "trailing"): (diffusers.DPMSolverMultistepScheduler, dict(timestep_spacing="trailing", **DPMPP)),
+    ("dpmpp_2m", "karras"): (diffusers.DPMSolverMultistepScheduler, dict(timestep_spacing="trailing", use_karras_sigmas=True, **DPMPP)),
+}
+PROMPTS = dict(prompt="a red apple", negative_prompt="a blurry photograph, 4k")
+
+
+def scheduler(name: str, spacing: str, prediction: str = "eps"):
+    kind, settings = SCHEDULERS[name, spacing]
+    return kind(**BETAS, **settings, prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction])
+
+
+def our_picture(sd: StableDiffusion, name: str, spacing: str, steps: int, **kw):
+    """The picture and its latents."""
+    seen = []
+    image, = sd.generate(**PROMPTS, steps=steps, guidance=7.5, sampler=name, spacing=spacing, seed=5, callback=seen.append, **kw)
+    return image, seen[-1].x / (SAMPLERS[name].last ** 2 + 1) ** 0.5
+
+
+def their_picture(pipe, steps: int, **kw):
+    seen = []
+    kw = dict(generator=torch.Generator().manual_seed(5), **PROMPTS) | kw
+    image, = pipe(num_inference_steps=steps, guidance_scale=7.5, callback_on_step_end=lambda p, i, t, now: seen.append(now["latents"]) or {}, **kw).images
+    return image, seen[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 30])  # 7 and 30 do not divide 1000
+@pytest.mark.parametrize("name, spacing", SCHEDULERS)
+def test_picture_equals_diffusers(name, spacing, steps):
+    """Same weights, prompts, seed and steps: 50 dB or more. Both random parts of a pipeline, text and noise, are computed by each."""
+    if steps == 1 and name.startswith("euler") and spacing in ("linspace", "karras"):
+        pytest.skip("diffusers' linspace and karras start their only step at time 0, where no noise is left to remove")
+    sd, pipe = pair("eps")
+    pipe.scheduler = scheduler(name, spacing)
+    ours, our_latents = our_picture(sd, name, spacing, steps)
+    theirs, their_latents = their_picture(pipe, steps, width=64, height=64)
+    print(f"{name} {spacing} {steps}: picture {psnr(ours, theirs):.1f} dB, latents {psnr(our_latents, their_latents, np.ptp(their_latents.numpy())):.1f} dB")
+    assert psnr(ours, theirs) >= 50
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name, spacing", SCHEDULERS)
+def test_two_choices_explain_every_difference_from_diffusers(name, spacing, prediction, monkeypatch):
+    """Undo both and latents agree to rounding: we start from noise * sqrt(sigma_max^2 + 1), the exact scale, where diffusers' Euler
+    takes noise * sigma_max; and we tell the UNet fractional times with karras, where diffusers' DPM++ rounds them."""
+    sd, pipe = pair(prediction)
+    pipe.scheduler = scheduler(name, spacing, prediction)
+    if name == "dpmpp_2m":
+        monkeypatch.setattr(sampler, "sigma_to_t", lambda sigma: float(round(sigma_to_t(sigma))))
+    start = (1 + 1 / SIGMAS[-1] ** 2) ** 0.5 if name.startswith("euler") and spacing != "leading" else 1
+    generator = torch.Generator().manual_seed(5)
+    _, ours = our_picture(sd, name, spacing, 13)
+    _, theirs = their_picture(pipe, 13, width=64, height=64, generator=generator, latents=torch.randn(1, 4, 8, 8, generator=generator) * start)
+    print(f"{name} {spacing} {prediction}: latents {psnr(ours, theirs, np.ptp(theirs.numpy())):.1f} dB")
+    assert psnr(ours, theirs, np.ptp(theirs.numpy())) >= 100
+
+
+def test_the_comparison_tells_samplers_apart():
+    """The control: ddim against diffusers' Euler, one step more, a little less guidance, one letter more are all below 40 dB."""
+    sd, pipe = pair("eps")
+    ours, _ = our_picture(sd, "ddim", "leading", 20)
+    pipe.scheduler = scheduler("euler", "linspace")
+    assert psnr(ours, their_picture(pipe, 20, width=64, height=64)[0]) < 40
+    pipe.scheduler = scheduler("ddim", "leading")
+    for other in (dict(steps=21), dict(steps=20, guidance_scale=6.5), dict(steps=20, prompt="a red apples")):
+        seen = pipe(**dict(guidance_scale=7.5, num_inference_steps=other.pop("steps"), width=64, height=64) | PROMPTS | other,
+                    generator=torch.Generator().manual_seed(5)).images[0]
+        assert psnr(ours, seen) < 40
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.8])
+@pytest.mark.parametrize("name, spacing", [("ddim", "leading"), ("euler", "linspace")])
+def test_picture_from_picture_equals_diffusers(name, spacing, strength):
+    sd, pipe = pair("eps", diffusers.StableDiffusionImg2ImgPipeline)
+    pipe.scheduler = scheduler(name, spacing)
+    init = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    ours, _ = our_picture(sd, name, spacing, 30, init=init, strength=strength)
+    theirs, _ = their_picture(pipe, 30, image=init, strength=strength)
+    print(f"{name} {strength}: {psnr(ours, theirs):.1f} dB")
+    assert psnr(ours, theirs) >= 50
+
+
+# --- samplers against closed forms ---
+
+MU, STD = 0.3, 0.5  # the data: N(MU, STD^2), for which the best guess and the reverse process are known exactly
+
+
+def exact_denoise(x, sigma):
+    return (STD**2 * x + sigma**2 * MU) / (STD**2 + sigma**2)
+
+
+def run(sample, x, sigmas, draw=None, denoise=exact_denoise):
+    *_, last = sample(denoise, x, sigmas, draw)
+    return last.x
+
+
+def test_schedule_constants():
+    assert ALPHAS_CUMPROD[[0, -1]].tolist() == pytest.approx([0.99915, 0.0046601], rel=1e-5)
+    assert SIGMAS[[0, -1]].tolist() == pytest.approx([0.029167, 14.6146], rel=1e-5)
+    wanted = [14.6146, 9.1029, 5.4784, 3.1686, 1.7494, 0.9141, 0.4469, 0.2014, 0.0819, 0.0292]
+    assert SPACINGS["karras"](10) == pytest.approx(wanted, abs=5e-5)
+
+
+def test_times_of_the_spacings():
+    def times(spacing, n):
+        return [sigma_to_t(sigma) for sigma in SPACINGS[spacing](n)]
+    assert times("leading", 50) == pytest.approx(range(981, 0, -20), abs=1e-6)
+    assert times("leading", 20) == pytest.approx(range(951, 0, -50), abs=1e-6)
+    assert times("trailing", 20) == pytest.approx(range(999, 0, -50), abs=1e-6)
+    assert times("linspace", 20)[:3] + times("linspace", 20)[-1:] == pytest.approx([999, 946.42, 893.84, 0], abs=0.01)
+    assert [sigma_to_t(float(sigma)) for sigma in SIGMAS] == pytest.approx(range(1000), abs=1e-6)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_n_steps_have_n_falling_sigmas(spacing):
+    for n in [*range(1, 41), 49, 50, 99, 100, 110, 250, 333, 334, 500, 501, 700, 998, 999, 1000]:
+        sigmas = SPACINGS[spacing](n)
+        assert len(sigmas) == n and all(a > b > 0 for a, b in zip(sigmas, sigmas[1:])), n
+        assert SIGMAS[0] * 0.999999 <= sigmas[-1] and sigmas[0] <= SIGMAS[-1] * 1.000001
+
+
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("euler", 1), ("dpmpp_2m", 2)])
+def test_solvers_converge_to_the_exact_path_with_their_order(name, order):
+    x = torch.linspace(-30, 30, 7, dtype=torch.float64)
+    errors = []
+    for n in (50, 100, 200, 400):
+        sigmas = SPACINGS["karras"](n + 1)
+        exact = MU + (x - MU) * math.sqrt((STD**2 + sigmas[-1] ** 2) / (STD**2 + sigmas[0] ** 2))
+        errors.append(float((run(SAMPLERS[name].sample, x, sigmas) - exact).abs().max()))
+    assert [math.log2(a / b) for a, b in zip(errors, errors[1:])] == pytest.approx([order] * 3, abs=0.15), errors
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler_a"])
+def test_ancestral_sampling_reproduces_the_data(name):
+    """Mean and standard deviation within four standard errors, from 40,000 samples of 1000 steps."""
+    n, generator = 40_000, torch.Generator().manual_seed(0)
+    sigmas = [*SPACINGS[SAMPLERS[name].spacing](1000), 0.0]
+    def draw():
+        return torch.randn(n, generator=generator)
+    x = run(SAMPLERS[name].sample, draw() * (sigmas[0] ** 2 + STD**2) ** 0.5 + MU, sigmas, draw)
+    assert float(x.mean()) == pytest.approx(MU, abs=4 * STD / n**0.5)
+    assert float(x.std()) == pytest.approx(STD, abs=4 * STD / (2 * n) ** 0.5)
+
+
+@pytest.mark.parametrize("t, before", [(999, 979), (500, 100), (21, 1)])
+def test_a_step_is_the_published_formula(t, before):
+    """eta 0: DDIM (Song et al. 2021, equation 12); eta 1: the DDPM posterior (Ho et al. 2020, equations 6 and 7)."""
+    abar, abar_before = ALPHAS_CUMPROD[t], ALPHAS_CUMPROD[before]
+    x0, eps, z = torch.randn(3, 10, dtype=torch.float64)
+    x = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+    ddim = abar_before.sqrt() * x0 + (1 - abar_before).sqrt() * eps
+    alpha = abar / abar_before
+    mean = abar_before.sqrt() * (1 - alpha) / (1 - abar) * x0 + alpha.sqrt() * (1 - abar_before) / (1 - abar) * x
+    ddpm = mean + ((1 - abar_before) / (1 - abar) * (1 - alpha)).sqrt() * z
+    for eta, wanted in (0.0, ddim), (1.0, ddpm):
+        step, = sample_ancestral(lambda x, sigma: x0, x / abar.sqrt(), SIGMAS[[t, before]].tolist(), lambda: z, eta)
+        torch.testing.assert_close(step.x * abar_before.sqrt(), wanted)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_training_target_and_sampler_agree(prediction):
+    """The target is the noise (eps) or sqrt(abar) eps - sqrt(1 - abar) x0 (v); a network that answers it makes denoise return x0."""
+    t = torch.tensor([0, 37, 500, 999])
+    x0, noise = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    abar = ALPHAS_CUMPROD[t][:, None, None, None]
+    x, answer = q_sample(x0, t, noise), target(prediction, x0, t, noise)
+    torch.testing.assert_close(x, abar.sqrt() * x0 + (1 - abar).sqrt() * noise)
+    torch.testing.assert_close(answer, noise if prediction == "eps" else abar.sqrt() * noise - (1 - abar).sqrt() * x0)
+    for i in range(4):
+        def net(net_x, net_t):
+            torch.testing.assert_close(net_x, x[i:i + 1])
+            assert net_t.tolist() == pytest.approx([int(t[i])], abs=1e-3)
+            return answer[i:i + 1]
+        denoised = denoiser(net, prediction)(x[i:i + 1] / abar[i].sqrt(), float(SIGMAS[t[i]]))
+        torch.testing.assert_close(denoised, x0[i:i + 1], atol=1e-5, rtol=1e-5)  # nets answer in fp32
+
+
+def test_guidance():
+    """Scale 1: one pass of B rows, the condition's; 0: the negative's; 7.5: negative + 7.5 (condition - negative)."""
+    calls = []
+
+    def denoise(x, sigma, context):
+        calls.append(len(x))
+        return x * context
+    x, c, n = torch.randn(3, 2, 4)
+    assert torch.equal(guided(denoise, {"context": c}, {"context": n}, 1)(x, 3.0), x * c) and calls == [2]
+    torch.testing.assert_close(guided(denoise, {"context": c}, {"context": n}, 0)(x, 3.0), x * n)
+    torch.testing.assert_close(guided(denoise, {"context": c}, {"context": n}, 7.5)(x, 3.0), x * n + 7.5 * (x * c - x * n))
+    assert calls == [2, 4, 4]
+
+
+def test_one_step_from_pure_noise_is_the_guess():
+    """Whatever the sampler, if it ends at sigma 0 (what diffusers' Euler does with one step cannot be compared)."""
+    for name in ("ddpm", "euler", "euler_a", "dpmpp_2m"):
+        x = torch.randn(5, dtype=torch.float64)
+        torch.testing.assert_close(run(SAMPLERS[name].sample, x, [float(SIGMAS[-1]), 0.0]), exact_denoise(x, float(SIGMAS[-1])))
+
+
+# --- properties of the pipeline ---
+
+def levels_apart(a, b) -> int:
+    return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_batch_equals_its_pictures_one_by_one(name):
+    sd, _ = pair("v")
+    together = sd.generate("a cat", steps=5, sampler=name, seed=7, batch=4)
+    alone = [sd.generate("a cat", steps=5, sampler=name, seed=7 + i)[0] for i in range(4)]
+    assert max(map(levels_apart, together, alone)) <= 1
+    assert min(levels_apart(a, b) for i, a in enumerate(together) for b in together[:i]) > 10
+
+
+def test_a_seed_gives_the_same_picture_twice():
+    sd, _ = pair("eps")
+    assert levels_apart(sd.generate("a cat", seed=3, sampler="euler_a")[0], sd.generate("a cat", seed=3, sampler="euler_a")[0]) == 0
+
+
+@pytest.mark.parametrize("width, height", [(8, 8), (72, 40), (40, 104)])
+def test_sizes_are_multiples_of_8(width, height):
+    sd, _ = pair("eps")
+    assert sd.generate("a cat", steps=2, width=width, height=height)[0].size == (width, height)
+
+
+def test_full_strength_leaves_nothing_of_the_picture():
+    sd, _ = pair("eps")
+    init = Image.new("RGB", (64, 64), "red")
+    assert levels_apart(sd.generate("a cat", steps=4, init=init, strength=1)[0], sd.generate("a cat", steps=4)[0]) == 0
+
+
+def test_callback_sees_every_step():
+    sd, _ = pair("eps")
+    seen = []
+    sd.generate("a cat", steps=6, callback=seen.append)
+    assert [step.index for step in seen] == list(range(6)) and all(step.x.shape == step.denoised.shape == (1, 4, 8, 8) for step in seen)
+    assert torch.equal(seen[-1].x, seen[-1].denoised)  # the last step of DPM++ ends at the guess
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+def test_half_precision_weights_work_on_the_cpu(dtype, bound):
+    sd = random_model()
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 10.5]), sd.encode_prompt(["a cat", ""])
+    exact = sd.unet(x, t, context)
+    assert relative_error(sd.unet.to(dtype)(x, t, context).float(), exact) < bound
+    assert len(sd.generate("a cat", steps=2)) == 1
+
+
+def test_nan_is_an_error_and_not_a_black_picture():
+    sd = random_model()
+    sd.unet.out[2].bias[0] = math.nan
+    with pytest.raises(UserError, match="NaN at step 1"):
+        sd.generate("a cat", steps=2)
+    sd = random_model()
+    sd.vae.decoder.conv_out.bias[0] = math.nan
+    with pytest.raises(UserError, match="NaN in the decoded picture"):
+        sd.generate("a cat", steps=2)
+
+
+# --- the parts ---
+
+def test_attention_weights_open_and_fused_agree():
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    h, a = attention(q, k, v, return_weights=True)
+    assert a.shape == (2, 3, 5, 7) and a.dtype == torch.float32
+    torch.testing.assert_close(a.sum(-1), torch.ones(2, 3, 5))
+    torch.testing.assert_close(h, attention(q, k, v))
+    torch.testing.assert_close(a, torch.einsum("bhtd,bhsd->bhts", q, k).div(8**0.5).softmax(-1))
+
+
+def test_attention_is_a_dictionary():
+    """Keys that match a query perfectly, and the others not at all, return their row."""
+    v, wanted = torch.randn(1, 1, 4, 4), [2, 0, 3]
+    h, a = attention(1e4 * torch.eye(4)[wanted][None, None], torch.eye(4)[None, None], v, return_weights=True)
+    assert torch.equal(h, v[:, :, wanted]) and torch.equal(a[0, 0], torch.eye(4)[wanted])
+
+
+def test_self_attention_is_cross_attention_to_itself():
+    layer, x = randomise(CrossAttention(16, 16, 4)), torch.randn(2, 5, 16)
+    assert torch.equal(layer(x), layer(x, x))
+
+
+def test_text_is_causal():
+    """Editing a later word leaves the features of the earlier ones equal to the bit, and changes its own."""
+    sd, _ = pair("eps")
+    a, b = sd.encode_prompt(["I book a ticket to buy that book"])[0], sd.encode_prompt(["I book a ticket to buy that car"])[0]
+    assert torch.equal(a[:8], b[:8]) and not torch.allclose(a[8], b[8])  # start and seven words
+    assert not torch.allclose(a[2], a[8])  # "book" twice: one row of the table, two vectors
+
+
+def test_time_enters_a_resblock_as_one_value_per_channel():
+    block, seen = randomise(ResBlock(8, 16, 32, 4)), []
+    block.out_layers.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x, emb = torch.randn(1, 8, 5, 5), torch.randn(2, 1, 32)
+    assert not torch.allclose(block(x, emb[0]), block(x, emb[1]))
+    effect = seen[1] - seen[0]
+    torch.testing.assert_close(effect, effect[:, :, :1, :1].expand_as(effect), atol=1e-5, rtol=1e-5)
+
+
+def test_vae_downsample_pads_right_and_bottom_only():
+    down, x = Downsample(1).requires_grad_(False), torch.rand(1, 1, 6, 6) + 1
+    down.conv.bias.zero_()
+    for tap, wanted in ((0, 0), x[:, :, ::2, ::2]), ((2, 2), nn.functional.pad(x[:, :, 2::2, 2::2], (0, 1, 0, 1))):
+        down.conv.weight.zero_()[0, 0][tap] = 1
+        assert torch.equal(down(x), wanted)
+
+
+def test_timestep_embedding_has_the_cosines_first():
+    e = timestep_embedding(torch.tensor([1.0, 500.5]), 320)
+    assert e[0, [0, 160, 319]].tolist() == pytest.approx([math.cos(1), math.sin(1), 1.0593e-4], rel=1e-4)
+    assert e[1, [0, 160]].tolist() == pytest.approx([math.cos(500.5), math.sin(500.5)], abs=1e-5)
