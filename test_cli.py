@@ -21,6 +21,7 @@ from sd import BUILTIN, PRESETS, Preset, StableDiffusion
 from vae import VAEConfig
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # most networks here are so small that threads cost more than they bring
 TINY = Preset(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1), num_heads=(2, 2), context_dim=32),
               VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), CLIPTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
               size=32, steps=3)

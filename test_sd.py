@@ -12,6 +12,7 @@ import math
 import random
 import unicodedata
 import warnings
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from sampler import ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, den
 from sd import PRESETS, Preset, StableDiffusion, UserError
 from vae import AutoencoderKL, Downsample, VAEConfig, kl_divergence
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 torch.set_num_threads(1)  # most networks here are so small that threads cost more than they bring
 
 SMALL = Preset(  # SD 1.x in small: same structure, same prefixes, 64x64 pictures
@@ -133,6 +135,11 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+def epsilons(network: nn.Module) -> Counter:
+    """How many norms divide by sqrt(variance + this): too small a matter for random weights to show."""
+    return Counter(m.eps for m in network.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)))
+
+
 def psnr(a, b, peak: float = 255) -> float:
     """In dB; 100 dB of latents is a relative error of about 1e-5, 50 dB of pictures is 0.8 levels out of 255."""
     error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
@@ -156,6 +163,7 @@ def test_names_and_shapes_are_those_of_official_files():
 def test_text_equals_transformers(name):
     text = randomise(on_meta(CLIPTextModel, PRESETS[name].text))
     reference = reference_text(text.cfg, {"cond_stage_model.transformer.text_model." + k: v for k, v in text.state_dict().items()})
+    assert epsilons(text) == epsilons(reference)
     tokens = Tokenizer()(["a red apple", "", "cat " * 75])
     features, wanted = text(tokens), reference(tokens)
     assert relative_error(features, wanted.last_hidden_state) < 1e-5
@@ -168,6 +176,7 @@ def test_unet_equals_diffusers(name):
     unet = randomise(on_meta(UNetModel, PRESETS[name].unet))
     cfg = unet.cfg
     reference = reference_unet(cfg, {"model.diffusion_model." + k: v for k, v in unet.state_dict().items()})
+    assert epsilons(unet) == epsilons(reference)
     t, context = torch.tensor([981.0, 37.25]), torch.randn(2, 77, cfg.context_dim)
     y = None if cfg.adm_in_channels is None else torch.randn(2, cfg.adm_in_channels)
     for height, width in (16, 16), (11, 13):
@@ -179,6 +188,7 @@ def test_unet_equals_diffusers(name):
 def test_vae_equals_diffusers(name):
     vae = randomise(on_meta(AutoencoderKL, PRESETS[name].vae))
     reference = reference_vae(vae.cfg, {"first_stage_model." + k: v for k, v in vae.state_dict().items()})
+    assert epsilons(vae) == epsilons(reference)
     x = torch.rand(1, 3, 64, 48) * 2 - 1
     wanted = reference.encode(x).latent_dist
     mean, logvar = vae.moments(x)
@@ -280,12 +290,14 @@ def their_picture(pipe, steps: int, **kw):
     return image, seen[-1]
 
 
-@pytest.mark.parametrize("steps", [1, 7, 20, 30])  # 7 and 30 do not divide 1000
-@pytest.mark.parametrize("name, spacing", SCHEDULERS)
+COMPARED = [(name, spacing, steps) for name, spacing in SCHEDULERS for steps in (1, 7, 20, 30)  # 7 and 30 do not divide 1000
+            # left out: diffusers' Euler makes its only step from time 0, where there is no noise to remove
+            if not (steps == 1 and name.startswith("euler") and spacing in ("linspace", "karras"))]
+
+
+@pytest.mark.parametrize("name, spacing, steps", COMPARED)
 def test_picture_equals_diffusers(name, spacing, steps):
-    """Same weights, prompts, seed and steps: 50 dB or more. Both random parts of a pipeline, text and noise, are computed by each."""
-    if steps == 1 and name.startswith("euler") and spacing in ("linspace", "karras"):
-        pytest.skip("diffusers' linspace and karras start their only step at time 0, where no noise is left to remove")
+    """From the same weights, prompts, seed and number of steps. `pytest -s` shows the dB."""
     sd, pipe = pair("eps")
     pipe.scheduler = scheduler(name, spacing)
     ours, our_latents = our_picture(sd, name, spacing, steps)
@@ -388,14 +400,12 @@ def test_solvers_converge_to_the_exact_path_with_their_order(name, order):
 
 @pytest.mark.parametrize("name", ["ddpm", "euler_a"])
 def test_ancestral_sampling_reproduces_the_data(name):
-    """Mean and standard deviation within four standard errors, from 40,000 samples of 1000 steps."""
-    n, generator = 40_000, torch.Generator().manual_seed(0)
-    sigmas = [*SPACINGS[SAMPLERS[name].spacing](1000), 0.0]
-    def draw():
-        return torch.randn(n, generator=generator)
-    x = run(SAMPLERS[name].sample, draw() * (sigmas[0] ** 2 + STD**2) ** 0.5 + MU, sigmas, draw)
-    assert float(x.mean()) == pytest.approx(MU, abs=4 * STD / n**0.5)
-    assert float(x.std()) == pytest.approx(STD, abs=4 * STD / (2 * n) ** 0.5)
+    """Mean and standard deviation within three standard errors, from 20,000 samples of 2000 steps."""
+    n, sigmas = 20_000, SPACINGS["karras"](2000)
+    x = run(SAMPLERS[name].sample, MU + torch.randn(n) * (sigmas[0] ** 2 + STD**2) ** 0.5, sigmas, lambda: torch.randn(n))
+    std = (STD**2 + sigmas[-1] ** 2) ** 0.5
+    assert float(x.mean()) == pytest.approx(MU, abs=3 * std / n**0.5)
+    assert float(x.std()) == pytest.approx(std, abs=3 * std / (2 * n) ** 0.5)
 
 
 @pytest.mark.parametrize("t, before", [(999, 979), (500, 100), (21, 1)])
@@ -492,7 +502,7 @@ def test_callback_sees_every_step():
     assert torch.equal(seen[-1].x, seen[-1].denoised)  # the last step of DPM++ ends at the guess
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.035), (torch.float16, 0.0035)])
 def test_half_precision_weights_work_on_the_cpu(dtype, bound):
     sd = random_model()
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([900.0, 10.5]), sd.encode_prompt(["a cat", ""])
