@@ -165,7 +165,8 @@ class StableDiffusion:
         if not 0 <= seed < 2**63 - batch:
             raise UserError(f"the seed must lie between 0 and 2^63, not {seed}")
         sample, _, last = SAMPLERS[sampler]
-        sigmas = [*SPACINGS[spacing](steps), last]
+        sigmas = SPACINGS[spacing](steps)
+        sigmas.append(last if last < sigmas[-1] else 0.0)
         shape = (self.config.vae.z_channels, height // self.config.vae.downsampling, width // self.config.vae.downsampling)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
 

@@ -198,6 +198,13 @@ def test_vae_equals_diffusers(name):
     assert relative_error(vae.decode(mean * vae.cfg.scale_factor), reference.decode(mean).sample) < 1e-5
 
 
+def test_log_variance_is_clamped():
+    vae = randomise(AutoencoderKL(SMALL.vae))
+    vae.quant_conv.bias[4:] = torch.tensor([-99.0, -9.0, 9.0, 99.0])
+    _, logvar = vae.moments(torch.rand(1, 3, 16, 16))
+    assert logvar.amin((0, 2, 3)).round().tolist()[::3] == [-30, 20] and -12 < logvar[:, 1].mean() < -6 and 6 < logvar[:, 2].mean() < 12
+
+
 def test_kl_divergence_is_that_of_gaussians():
     mean, logvar = torch.randn(3, 4, 5, 5), torch.randn(3, 4, 5, 5)
     wanted = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()), torch.distributions.Normal(0, 1))
@@ -208,18 +215,23 @@ def test_kl_divergence_is_that_of_gaussians():
 
 def awkward_prompts() -> list[str]:
     prompts = [
-        "I love cats and dogs.", "", " ", " \t\n ", "a", "!", "!!!", "?!...,,,;;", "--==##@@", "a photo of a cat, 4k, 8K uhd, trending on artstation",
-        "café", unicodedata.normalize("NFD", "café Ångström ñandú ệ"), "Ångström ñandú ệ", "naïve façade", "straße STRASSE ẞ", "İstanbul ıI", "ΌΣΟΣ ὈΔΥΣΣΕΎΣ",
-        "猫と犬が好き", "红色的苹果", "사과 두 개", "красное яблоко", "تفاحة حمراء", "תפוח אדום", "लाल सेब", "แอปเปิ้ล", "mixed 日本語 and English и русский",
-        "🍎", "👨‍👩‍👧‍👦 family", "❤️🔥", "🏳️‍🌈flag", "👍🏽ok", "cat🐱dog", "1️⃣", "I'm you're they've we'll he'd it's can't", "I'M YOU'RE THEY'VE WE'LL HE'D IT'S CAN'T",
-        "'s't're've'm'll'd", "rock'n'roll o'clock '90s", "don’t “quote”", "h2o 3d 1234567890 4k2 v1.5 3.14", "²³½ Ⅷ ٣ ①", "&amp; &lt;b&gt; &#39; &nbsp;", "<b>bold</b>",
-        "a\tb\nc\r\nd", "a\u00a0b", "a\u200bb", "a\u200db", "\ufeffbom", "a\u2003b\u3000c", "a\u0085b\u001cc\u180ed", "a\x00b\x07c", "  many   spaces  ",
-        "word " * 200, "supercalifragilisticexpialidocious" * 5, "a" * 300, "." * 300, "<|endoftext|>", "a <|endoftext|> b", "<|startoftext|>a<|endoftext|>",
-        "a<|endoftext|>b", "<|ENDOFTEXT|>", "a <|StartOfText|>, b", "<|endoftext|", "snake_case CamelCase kebab-case", "http://a.b/c?d=e&f=g#h", "C:\\path\\file.txt", "a_b__c",
-        "ﬁne ligature", "ǅ ŉ ß ſ", "e\u0301\u0301", "\u0301", "क्ष", "a\u0308\u0323 \u1e00", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ＦＵＬＬｗｉｄｔｈ", "(a:1.3) [b] {c|d}", "100% $5 €7 £8 ¥9", "~`^*+=|",
+        "I love cats and dogs.", "", " ", " \t\n ", "a", "!", "!!!", "?!...,,,;;", "--==##@@",
+        "a photo of a cat, 4k, 8K uhd, trending on artstation", "café", unicodedata.normalize("NFD", "café Ångström ñandú ệ"),
+        "Ångström ñandú ệ", "naïve façade", "straße STRASSE ẞ", "İstanbul ıI", "ΌΣΟΣ ὈΔΥΣΣΕΎΣ", "猫と犬が好き", "红色的苹果", "사과 두 개",
+        "красное яблоко", "تفاحة حمراء", "תפוח אדום", "लाल सेब", "แอปเปิ้ล", "mixed 日本語 and English и русский", "🍎", "👨‍👩‍👧‍👦 family",
+        "❤️🔥", "🏳️‍🌈flag", "👍🏽ok", "cat🐱dog", "1️⃣", "I'm you're they've we'll he'd it's can't",
+        "I'M YOU'RE THEY'VE WE'LL HE'D IT'S CAN'T", "'s't're've'm'll'd", "rock'n'roll o'clock '90s", "don’t “quote”",
+        "h2o 3d 1234567890 4k2 v1.5 3.14", "²³½ Ⅷ ٣ ①", "&amp; &lt;b&gt; &#39; &nbsp;", "<b>bold</b>", "a\tb\nc\r\nd", "a\u00a0b",
+        "a\u200bb", "a\u200db", "\ufeffbom", "a\u2003b\u3000c", "a\u0085b\u001cc\u180ed", "a\x00b\x07c", "  many   spaces  ",
+        "word " * 200, "supercalifragilisticexpialidocious" * 5, "a" * 300, "." * 300, "<|endoftext|>", "a <|endoftext|> b",
+        "<|startoftext|>a<|endoftext|>", "a<|endoftext|>b", "<|ENDOFTEXT|>", "a <|StartOfText|>, b", "<|endoftext|",
+        "snake_case CamelCase kebab-case", "http://a.b/c?d=e&f=g#h", "C:\\path\\file.txt", "a_b__c", "ﬁne ligature", "ǅ ŉ ß ſ",
+        "e\u0301\u0301", "\u0301", "क्ष", "a\u0308\u0323 \u1e00", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "ＦＵＬＬｗｉｄｔｈ", "(a:1.3) [b] {c|d}", "100% $5 €7 £8 ¥9",
+        "~`^*+=|",
     ]
     rng = random.Random(0)
-    ranges = (0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x52F), (0x590, 0x6FF), (0x900, 0xDFF), (0x2000, 0x2BFF), (0x3000, 0x9FFF), (0x1F300, 0x1FAFF), (0x20, 0xD7FF)
+    ranges = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x52F), (0x590, 0x6FF), (0x900, 0xDFF),
+              (0x2000, 0x2BFF), (0x3000, 0x9FFF), (0x1F300, 0x1FAFF), (0x20, 0xD7FF)]
     for i in range(300):
         chosen = rng.sample(ranges, rng.randint(1, 3))
         prompts.append("".join(chr(rng.randint(*rng.choice(chosen))) if rng.random() < 0.8 else " " for _ in range(rng.randint(1, 60))))
@@ -277,16 +289,19 @@ def scheduler(name: str, spacing: str, prediction: str = "eps"):
 
 
 def our_picture(sd: StableDiffusion, name: str, spacing: str, steps: int, **kw):
-    """The picture and its latents."""
+    """The picture and the latents it was decoded from."""
     seen = []
-    image, = sd.generate(**PROMPTS, steps=steps, guidance=7.5, sampler=name, spacing=spacing, seed=5, callback=seen.append, **kw)
-    return image, seen[-1].x / (SAMPLERS[name].last ** 2 + 1) ** 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sd, "decode_latents", lambda z: seen.append(z) or StableDiffusion.decode_latents(sd, z))
+        image, = sd.generate(**PROMPTS, steps=steps, guidance=7.5, sampler=name, spacing=spacing, seed=5, **kw)
+    return image, seen[0]
 
 
 def their_picture(pipe, steps: int, **kw):
     seen = []
     kw = dict(generator=torch.Generator().manual_seed(5), **PROMPTS) | kw
-    image, = pipe(num_inference_steps=steps, guidance_scale=7.5, callback_on_step_end=lambda p, i, t, now: seen.append(now["latents"]) or {}, **kw).images
+    image, = pipe(num_inference_steps=steps, guidance_scale=7.5,
+                  callback_on_step_end=lambda pipe, i, t, now: seen.append(now["latents"]) or {}, **kw).images
     return image, seen[-1]
 
 
@@ -302,7 +317,8 @@ def test_picture_equals_diffusers(name, spacing, steps):
     pipe.scheduler = scheduler(name, spacing)
     ours, our_latents = our_picture(sd, name, spacing, steps)
     theirs, their_latents = their_picture(pipe, steps, width=64, height=64)
-    print(f"{name} {spacing} {steps}: picture {psnr(ours, theirs):.1f} dB, latents {psnr(our_latents, their_latents, np.ptp(their_latents.numpy())):.1f} dB")
+    latents = psnr(our_latents, their_latents, np.ptp(their_latents.numpy()))
+    print(f"{name} {spacing} {steps}: picture {psnr(ours, theirs):.1f} dB, latents {latents:.1f} dB")
     assert psnr(ours, theirs) >= 50
 
 
@@ -321,6 +337,17 @@ def test_two_choices_explain_every_difference_from_diffusers(name, spacing, pred
     _, theirs = their_picture(pipe, 13, width=64, height=64, generator=generator, latents=torch.randn(1, 4, 8, 8, generator=generator) * start)
     print(f"{name} {spacing} {prediction}: latents {psnr(ours, theirs, np.ptp(theirs.numpy())):.1f} dB")
     assert psnr(ours, theirs, np.ptp(theirs.numpy())) >= 100
+
+
+def test_pictures_become_numbers_and_back_as_in_diffusers():
+    """Levels 0...255 are -1...1 and are rounded: cutting instead would change half of them."""
+    sd, pipe = pair("eps")
+    z = torch.randn(2, 4, 8, 8)
+    ours = sd.decode_latents(z)
+    theirs = pipe.image_processor.postprocess(pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample)
+    assert np.mean(np.stack(ours) != np.stack(theirs)) < 1e-3
+    mean = pipe.vae.encode(pipe.image_processor.preprocess(theirs)).latent_dist.mean * pipe.vae.config.scaling_factor
+    assert relative_error(sd.encode_image(theirs), mean) < 1e-5
 
 
 def test_the_comparison_tells_samplers_apart():
