@@ -93,7 +93,7 @@ class UNetModel(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(dtype))  # (B, E)
         if self.cfg.adm_in_channels is not None:
             if y is None:
-                raise ValueError(f"this UNet needs y (B, {self.cfg.adm_in_channels}) beside the context")
+                raise ValueError(f"this UNet needs y (B, {self.cfg.adm_in_channels}) beside the context: StableDiffusion.condition gives both")
             emb = emb + self.label_emb(y.to(dtype))
         skips = []
         for block in self.input_blocks:

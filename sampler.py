@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> the guess of x_0
-T = 1000                                     # training times 0...999
+NUM_TIMESTEPS = 1000                         # training times 0...999
 
 
 def make_alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
-    """abar_t (T,): the share of signal power left at each time; beta is linear in its square root. Computed in fp64."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
+    """abar_t (1000,): the share of signal power left at each time; beta is linear in its square root. Computed in fp64."""
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0)
 
 
@@ -33,7 +33,7 @@ SIGMAS = ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD).sqrt()              # 0.02917 .
 
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """Latents x0 (B, C, H, W) noised to times t (B,), variance preserving. Ho et al. 2020, equation 4."""
-    abar = ALPHAS_CUMPROD.to(x0.device)[t].to(x0.dtype)[:, None, None, None]
+    abar = ALPHAS_CUMPROD.to(x0.dtype).to(x0.device)[t][:, None, None, None]
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
@@ -41,9 +41,9 @@ def sigma_to_t(sigma: float) -> float:
     """The time at which the noise level is sigma: linear in log sigma between the training times, 0...999."""
     log_sigmas = SIGMAS.log()
     log_sigma = torch.tensor(sigma, dtype=torch.float64).log()
-    low = int((torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, T - 2))
+    low = int((torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, NUM_TIMESTEPS - 2))
     t = low + (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
-    return float(t.clamp(0, T - 1))
+    return float(t.clamp(0, NUM_TIMESTEPS - 1))
 
 
 # --- what the network predicts: denoised = c_skip x + c_out net(x / sqrt(sigma^2 + 1), t). Karras et al. 2022, equation 7 ---
@@ -56,7 +56,7 @@ PREDICTIONS = {  # sigma -> (c_skip, c_out), for floats and tensors
 
 def target(prediction: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """What the network should answer for q_sample(x0, t, noise): the same two coefficients, solved for the net."""
-    sigma = SIGMAS.to(x0.device)[t].to(x0.dtype)[:, None, None, None]
+    sigma = SIGMAS.to(x0.dtype).to(x0.device)[t][:, None, None, None]  # Apple GPUs hold no fp64
     c_skip, c_out = PREDICTIONS[prediction](sigma)
     return (x0 - c_skip * (x0 + sigma * noise)) / c_out
 
@@ -107,7 +107,7 @@ def sample_ancestral(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Cal
 
 
 def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Iterator[Step]:
-    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: the guess is extrapolated from the last two, in log sigma."""
+    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: the guess is extrapolated from the last two, in log sigma. Draws no noise."""
     old, h_old = None, 0.0
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         denoised = denoise(x, sigma)
@@ -140,21 +140,21 @@ SAMPLERS = {
 
 def leading(n: int) -> list[float]:
     """Times (n-1)c + 1, ..., c + 1, 1 with c = 1000 // n."""
-    c = T // n
-    offset = min(1, T - 1 - (n - 1) * c)  # 1, but 0 for n = 1000
+    c = NUM_TIMESTEPS // n
+    offset = min(1, NUM_TIMESTEPS - 1 - (n - 1) * c)  # 1, but 0 for n = 1000
     return [float(SIGMAS[i * c + offset]) for i in reversed(range(n))]
 
 
 def linspace(n: int) -> list[float]:
     """n times evenly from 999 to 0 (fractions interpolate sigma)."""
-    times = torch.linspace(T - 1, 0, n, dtype=torch.float64)
-    low = times.long().clamp(max=T - 2)
+    times = torch.linspace(NUM_TIMESTEPS - 1, 0, n, dtype=torch.float64)
+    low = times.long().clamp(max=NUM_TIMESTEPS - 2)
     return torch.lerp(SIGMAS[low], SIGMAS[low + 1], times - low).tolist()
 
 
 def trailing(n: int) -> list[float]:
     """Times 999, 999 - 1000/n, ..., rounded: the first is always pure noise."""
-    return [float(SIGMAS[round(T - i * T / n) - 1]) for i in range(n)]
+    return [float(SIGMAS[round(NUM_TIMESTEPS - i * NUM_TIMESTEPS / n) - 1]) for i in range(n)]
 
 
 def karras(n: int, rho: float = 7.0) -> list[float]:

@@ -6,8 +6,8 @@
 
 Read this file first, then model.py (the UNet), sampler.py, clip.py, vae.py; train.py makes the weights.
 
-Shapes: B pictures, 77 tokens, D width of a token's vector, Z latent channels (4), H W picture size, h = H/f, w = W/f
-latent size with f = 8. Numbers: sampling runs in fp32 whatever the weights are; noise comes from the CPU.
+Shapes: B pictures, 77 tokens, D width of a token's vector, Z latent channels (4 in SD 1.x), H W picture size, h = H/f,
+w = W/f latent size with f = 8. Numbers: sampling runs in fp32 whatever the weights are; noise comes from the CPU.
 """
 import argparse
 import json
@@ -19,16 +19,18 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from model import UNetConfig, UNetModel
@@ -136,13 +138,12 @@ class StableDiffusion:
         """PIL pictures of one size -> scaled latents (B, Z, h, w): the mode, or a sample if given standard normal `noise`."""
         x = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
         x = x.permute(0, 3, 1, 2).float() / 127.5 - 1                              # 'b h w c -> b c h w'
-        weight = self.vae.quant_conv.weight
-        return self.vae.encode(x.to(weight), noise).float()
+        return self.vae.encode(x.to(self.vae.quant_conv.weight), noise).float()     # to the VAE's device and dtype
 
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> list[Image.Image]:
         """Scaled latents (B, Z, h, w) -> PIL pictures. Raises UserError rather than give a black picture for NaNs."""
-        x = torch.cat([self.vae.decode(one.to(self.vae.quant_conv.weight)) for one in z.split(1)]).float()
+        x = torch.cat([self.vae.decode(one.to(self.vae.quant_conv.weight)) for one in z.split(1)]).float()  # one by one: memory
         if not x.isfinite().all():
             raise UserError("NaN in the decoded picture, try --dtype fp32")
         x = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # 'b c h w -> b h w c'
@@ -162,11 +163,11 @@ class StableDiffusion:
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
         if not 0 < strength <= 1 or (init is not None and int(steps * strength) < 1):
             raise UserError(f"strength {strength} of {steps} steps: it must lie between {1 / steps:.3g} (one step) and 1")
-        if not 0 <= seed < 2**63 - batch:
-            raise UserError(f"the seed must lie between 0 and 2^63, not {seed}")
+        if batch < 1 or not 0 <= seed < 2**63 - batch:
+            raise UserError(f"batch must be at least 1 and the seed between 0 and 2^63, not {batch} and {seed}")
         sample, _, last = SAMPLERS[sampler]
         sigmas = SPACINGS[spacing](steps)
-        sigmas.append(last if last < sigmas[-1] else 0.0)
+        sigmas.append(last if last < 0.999 * sigmas[-1] else 0.0)  # a spacing may already go down to `last`
         shape = (self.config.vae.z_channels, height // self.config.vae.downsampling, width // self.config.vae.downsampling)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
 
@@ -175,21 +176,21 @@ class StableDiffusion:
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
         if init is None or strength == 1:
-            x = draw() * (sigmas[0] ** 2 + 1) ** 0.5
+            x = draw() * (sigmas[0] ** 2 + 1) ** 0.5  # unit variance when variance preserving
         else:
             sigmas = sigmas[steps - int(steps * strength):]
-            init = init.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            init = ImageOps.fit(on_white(init), (width, height), Image.Resampling.LANCZOS)
             x = self.encode_image([init] * batch, draw()) + sigmas[0] * draw()
 
-        condition = self.condition([prompt] * batch)
-        negative = condition if guidance == 1 else self.condition([negative_prompt] * batch)
+        condition, negative = ({name: c.expand(batch, *c.shape[1:]) for name, c in self.condition([text]).items()}
+                               for text in (prompt, negative_prompt))
         denoise = guided(denoiser(self.unet, self.config.prediction), condition, negative, guidance)
         for step in sample(denoise, x, sigmas, draw):
             if not step.x.isfinite().all():
                 raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
             if callback is not None:
                 callback(step)
-        return self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)
+        return self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)  # variance preserving again: ddim ends above 0
 
     def settings(self, width, height, steps, guidance, sampler, spacing) -> tuple[int, int, int, float, str, str]:
         """Fill in the preset's defaults and check the rest: what a picture is made with."""
@@ -219,6 +220,13 @@ IGNORED = re.compile(  # what files hold beside the weights: buffers, training s
     r".*position_ids$|model_ema\.|.*logit_scale$|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar)$")
 
 
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # old .ckpt files name this class; nothing of it is needed
+
+
+class Inert:
+    """Stands in for it."""
+
+
 def open_checkpoint(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """A file's tensors, by official name, each as a function that reads it, and its metadata.
 
@@ -235,7 +243,8 @@ def open_checkpoint(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[s
         elif not zipfile.is_zipfile(path):
             raise UserError(f"{path} is damaged, or no checkpoint of PyTorch 1.6 or later")
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with torch.serialization.safe_globals([(Inert, LIGHTNING)]):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state = state.get("state_dict", state)
             tensors, metadata = {name: partial(state.get, name) for name, value in state.items() if isinstance(value, Tensor)}, {}
     except pickle.UnpicklingError as error:
@@ -252,7 +261,9 @@ def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str
     if "config" in metadata:
         try:
             config = json.loads(metadata["config"])
-            return Preset(**config | {"unet": UNetConfig(**config["unet"]), "vae": VAEConfig(**config["vae"]), "text": CLIPTextConfig(**config["text"])})
+            parts = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig}
+            return Preset(**config | {part: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
+                                      for part, kind in parts.items()})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} has a config in its metadata that does not fit this version: {error}") from error
     unet = "model.diffusion_model."
@@ -263,7 +274,7 @@ def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str
     widths = shapes[conv_in][1], shapes[to_k][1]
     for preset in PRESETS.values():
         if widths == (preset.unet.in_channels, preset.unet.context_dim):
-            return preset
+            return deepcopy(preset)
     raise UserError(f"{path} is of another family: {widths[0]} input channels and text width {widths[1]}; SD 1.x has 4 and 768")
 
 
@@ -285,7 +296,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 def best_device_and_dtype(device: str | None, dtype: torch.dtype | None) -> tuple[str, torch.dtype]:
     """CUDA or Apple: fp16. CPU: bf16 where it computes in it natively, else fp32. Raises UserError for a device that is not there."""
-    if device is None:
+    if device is not None:
+        device = str(device)
+    else:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
@@ -300,34 +313,43 @@ def best_device_and_dtype(device: str | None, dtype: torch.dtype | None) -> tupl
 # --- the command ---
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a picture of a prompt.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Draw a picture of a prompt. What is not given takes the model's own default.")
     parser.add_argument("prompt")
     parser.add_argument("--negative", default="", help="what the picture should not be")
-    parser.add_argument("--steps", type=int, help="default: the model's own, like all below that show None")
-    parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt; 1: no guidance, twice as fast")
+    parser.add_argument("--steps", type=int, help="1 to 1000")
+    parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt; 1: not beyond the model's own guess, and twice as fast")
     parser.add_argument("--sampler", help=", ".join(SAMPLERS))
-    parser.add_argument("--spacing", help="of the steps' noise levels: " + ", ".join(SPACINGS))
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has seed + 1")
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--spacing", help="of the steps' noise levels; default: the sampler's own; " + ", ".join(SPACINGS))
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0); the next has seed + 1")
+    parser.add_argument("--width", type=int, help="a multiple of 8, like the height")
     parser.add_argument("--height", type=int)
-    parser.add_argument("--batch", type=int, default=1, help="number of pictures")
-    parser.add_argument("--init", metavar="IMG", help="start from this picture instead of noise")
-    parser.add_argument("--strength", type=float, default=0.75, help="with --init: how much of it to redraw, up to 1")
-    parser.add_argument("--ckpt", help="an official SD 1.x .safetensors or .ckpt; default: the built-in model")
-    parser.add_argument("--dtype", choices=DTYPES)
-    parser.add_argument("--device", help="cuda, mps, cpu")
-    parser.add_argument("--out", help="where to write; default: the prompt with .png")
+    parser.add_argument("--batch", type=int, default=1, help="number of pictures (default 1)")
+    parser.add_argument("--init", metavar="IMG", help="start from this picture, cut to the size, instead of noise")
+    parser.add_argument("--strength", type=float, default=0.75, help="with --init: how much of it to redraw, up to 1 (default 0.75)")
+    parser.add_argument("--ckpt", help="an SD 1.x .safetensors or .ckpt, or a file of train.py; default: the built-in model")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on GPUs; on a CPU bf16 if it computes in it, else fp32")
+    parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
+    parser.add_argument("--out", help="the .png to write; default: named after the prompt")
     args = parser.parse_args()
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
     try:
         run(args)
     except UserError as error:
-        print(f"sd.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(complain(error))
+    except torch.OutOfMemoryError:
+        sys.exit(complain("out of memory: try a smaller --width and --height, --batch 1, or --dtype fp16"))
+
+
+def complain(what: object) -> int:
+    print(f"sd.py: {what}", file=sys.stderr)
+    return 2
 
 
 def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    try:
+        (args.prompt + args.negative).encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not valid UTF-8") from error
     paths = output_paths(args)
     init = None if args.init is None else read_image(args.init)
     if args.ckpt is None:
@@ -337,8 +359,8 @@ def run(args: argparse.Namespace) -> None:
     width, height, steps, guidance, sampler, spacing = sd.settings(
         args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)
     with tqdm(total=steps if init is None else int(steps * args.strength), unit="step") as bar:
-        images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, args.seed, args.batch,
-                             lambda step: bar.update(), spacing, init, args.strength)
+        images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, seed=args.seed, batch=args.batch,
+                             callback=lambda step: bar.update(), spacing=spacing, init=init, strength=args.strength)
     for i, (image, path) in enumerate(zip(images, paths)):
         about = (f"{args.prompt}\nNegative prompt: {args.negative}\nSteps: {steps}, Sampler: {sampler}, Schedule type: {spacing}, "
                  f"CFG scale: {guidance}, Seed: {args.seed + i}, Size: {width}x{height}, Model: {Path(args.ckpt or BUILTIN).stem}")
@@ -350,22 +372,26 @@ def run(args: argparse.Namespace) -> None:
 
 def output_paths(args: argparse.Namespace) -> list[Path]:
     """One path per picture, with its seed in it if there are several. Raises UserError, before any work, if they cannot be written."""
-    if args.batch < 1:
-        raise UserError(f"batch must be at least 1, not {args.batch}")
-    path = Path(args.out if args.out is not None else (re.sub(r"\W+", "-", args.prompt).strip("-")[:80] or "picture") + ".png")
+    name = re.sub(r"\W+", "-", args.prompt).strip("-").encode()[:100].decode(errors="ignore") or "picture"  # file names are limited in bytes
+    path = Path(args.out if args.out is not None else name + ".png")
     if path.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, not {path.name!r}")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise UserError(f"cannot write {path}: its folder must exist and be writable")
+    if len(path.name.encode()) > 220 or not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise UserError(f"cannot write {path}: its folder must exist and be writable, its name short")
     return [path] if args.batch == 1 else [path.with_stem(f"{path.stem}-{args.seed + i}") for i in range(args.batch)]
 
 
-def read_image(path: str) -> Image.Image:
-    """Any picture Pillow reads, the right way up, transparency on white."""
+def read_image(path: str | Path) -> Image.Image:
+    """Any picture Pillow reads, the right way up, as RGBA. Raises UserError if it cannot."""
     try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise UserError(f"cannot read the picture {path}: {error}") from error
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB, with what is transparent white."""
+    image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 

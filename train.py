@@ -11,12 +11,13 @@ goes on where the last run stopped, to the same end: all randomness of a step co
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,71 +28,75 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip import Tokenizer
-from sampler import T, q_sample, target
-from sd import DTYPES, PRESETS, StableDiffusion, UserError
+from sampler import NUM_TIMESTEPS, q_sample, target
+from sd import DTYPES, PRESETS, StableDiffusion, UserError, best_device_and_dtype, read_image
 from vae import kl_divergence
+
+
+def setting(default: object, help: str) -> object:
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class Settings:
-    data: list[str]                  # folders of pictures with captions
-    out: str = "runs/new"            # model.safetensors (for sd.py), state.pt (to go on), sample sheets
-    init: str = ""                   # start from: a checkpoint, a row of PRESETS for random weights, "" for the built-in model
-    train: str = "unet"              # unet (with the text encoder), vae, decoder
-    steps: int = 1000
-    batch: int = 32
-    lr: float = 1e-4
-    warmup: int = 100                # steps of rising learning rate
-    decay: int = 0                   # steps of falling learning rate at the end
-    weight_decay: float = 0.01
-    clip: float = 1.0                # largest norm of the gradient
-    ema: float = 0.999               # averaging of the weights that are saved; 0: none
-    caption_dropout: float = 0.1     # share of empty captions, for classifier-free guidance
-    time_shift: float = 1.0          # > 1: more training at high noise, t' = s t / (1 + (s - 1) t)
-    tokens: int = 77                 # length of the caption rows; shorter is faster
-    kl: float = 1e-6                 # weight of the KL term
-    amp: str = ""                    # autocast: bf16 or fp16
-    compile: bool = False            # torch.compile
-    device: str = ""                 # "": cuda if there is one, else cpu
-    seed: int = 0
-    log_every: int = 50
-    save_every: int = 500
-    sample_every: int = 1000         # 0: never
+    data: list[str] = setting(None, "folders of pictures with captions")
+    out: str = setting("runs/new", "folder for model.safetensors (for sd.py), state.pt (to go on) and sample sheets")
+    train: str = setting("unet", "unet (with the text encoder), vae, or decoder")
+    init: str = setting("", "start from this checkpoint, or from random weights for a row of PRESETS; default: the built-in model")
+    vae: str = setting("", "with a row of PRESETS: the checkpoint whose VAE gives the latents; default: the built-in model's")
+    steps: int = setting(1000, "steps in all")
+    batch: int = setting(32, "pictures per step")
+    lr: float = setting(1e-4, "learning rate of AdamW")
+    warmup: int = setting(100, "steps of rising learning rate")
+    decay: int = setting(0, "steps of falling learning rate at the end")
+    weight_decay: float = setting(0.01, "of AdamW")
+    clip: float = setting(1.0, "largest norm of the gradient")
+    ema: float = setting(0.999, "averaging of the weights that are saved; 0: none")
+    caption_dropout: float = setting(0.1, "share of empty captions, for classifier-free guidance")
+    time_shift: float = setting(1.0, "above 1: more training at high noise, t' = s t / (1 + (s - 1) t)")
+    tokens: int = setting(77, "length of the caption rows; shorter is faster")
+    kl: float = setting(1e-6, "weight of the VAE's KL term")
+    amp: str = setting("", "autocast to bf16 or fp16")
+    compile: bool = setting(False, "torch.compile")
+    device: str = setting("", "default: the best there is")
+    seed: int = setting(0, "of everything random")
+    log_every: int = setting(50, "steps between lines")
+    save_every: int = setting(500, "steps between saves; 0: only at the end")
+    sample_every: int = setting(1000, "steps between sample sheets; 0: only at the end")
 
 
 def main() -> None:
-    s = parse_settings()
     try:
-        train(s)
+        train(parse_settings())
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def train(s: Settings) -> None:
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(s)
+    device, _ = best_device_and_dtype(s.device or None, torch.float32)
+    kind = device.split(":")[0]
     sd = load_model(s, device)
     pictures = Pictures(s, sd.config.size)
-    parts = {"unet": [sd.unet, sd.text], "vae": [sd.vae], "decoder": [sd.vae.decoder, sd.vae.post_quant_conv]}
-    if s.train not in parts or s.amp not in ("", "bf16", "fp16"):
-        raise UserError(f"--train takes {', '.join(parts)}, --amp takes bf16 or fp16; not {s.train!r} and {s.amp!r}")
-    params = [p.requires_grad_() for part in parts[s.train] for p in part.parameters()]
-    ema = [p.detach().clone() for p in params]
+    params = [p.requires_grad_() for part in TRAINED[s.train](sd) for p in part.parameters()]
+    ema = [p.detach().clone() if s.ema else p.detach() for p in params]
     optimizer = torch.optim.AdamW(params, s.lr, betas=(0.9, 0.99), weight_decay=s.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device, enabled=s.amp == "fp16")
-    loss_of = (UNetLoss if s.train == "unet" else VAELoss)(s, sd, pictures, device)
-    autocast = torch.autocast(device.split(":")[0], DTYPES[s.amp]) if s.amp else nullcontext()
+    scaler = torch.amp.GradScaler(kind, enabled=s.amp == "fp16")
     start = resume(s, params, ema, optimizer, scaler)
+    loss_of = (UNetLoss if s.train == "unet" else VAELoss)(s, sd, pictures, device)
+    autocast = torch.autocast(kind, DTYPES[s.amp]) if s.amp else nullcontext()
+    stop = stop_signals()
     print(f"{sum(p.numel() for p in params):,} parameters, {len(pictures)} pictures, steps {start} to {s.steps} on {device}", flush=True)
 
     seen, total, clock = 0, torch.zeros((), device=device), time.time()
     for step in range(start, s.steps):
         for group in optimizer.param_groups:
             group["lr"] = s.lr * min(1, (step + 1) / max(s.warmup, 1), (s.steps - step) / max(s.decay, 1))
-        with autocast, sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():  # the fused CPU kernel's backward is slow
+        with autocast, sdpa_kernel(SDPBackend.MATH) if kind == "cpu" else nullcontext():  # the fused CPU kernel's backward is slow
             loss = loss_of(step)
         if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()} at step {step + 1}: lower --lr; what was saved last is in {s.out}")
+            raise UserError(f"the loss is {loss.item()} at step {step + 1}: lower --lr; {s.out} holds what was saved before, if anything")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(params, s.clip)
@@ -100,20 +105,30 @@ def train(s: Settings) -> None:
         optimizer.zero_grad()
         torch._foreach_lerp_(ema, [p.detach() for p in params], 1 - min(s.ema, (1 + step) / (10 + step)))
 
-        seen, total = seen + 1, total + loss.detach()
-        if (step + 1) % s.log_every == 0 or step + 1 == s.steps:
+        seen, total, last = seen + 1, total + loss.detach(), step + 1 == s.steps
+        if (step + 1) % s.log_every == 0 or last:
             speed = seen * s.batch / (time.time() - clock)
             print(f"step {step + 1}/{s.steps}  loss {float(total) / seen:.4f}  {speed:.1f} images/s", flush=True)
             seen, total, clock = 0, torch.zeros((), device=device), time.time()
-        if (step + 1) % s.save_every == 0 or step + 1 == s.steps:
+        if last or stop or (s.save_every and (step + 1) % s.save_every == 0):
             with averaged(params, ema):
                 loss_of.before_saving()
                 sd.save(f"{s.out}/model.safetensors")
             write(f"{s.out}/state.pt", {"step": step + 1, "params": [p.detach() for p in params], "ema": ema,
                                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-        if s.sample_every and ((step + 1) % s.sample_every == 0 or step + 1 == s.steps):
+        if last or (s.sample_every and (step + 1) % s.sample_every == 0):
             with averaged(params, ema), torch.no_grad():
                 sheet(loss_of.samples()).save(f"{s.out}/sample-{step + 1:07d}.png")
+        if stop:
+            print(f"stopped and saved after step {step + 1}; the same command goes on")
+            break
+
+
+TRAINED = {
+    "unet": lambda sd: [sd.unet, sd.text],
+    "vae": lambda sd: [sd.vae],
+    "decoder": lambda sd: [sd.vae.decoder, sd.vae.post_quant_conv],
+}
 
 
 class UNetLoss:
@@ -124,26 +139,26 @@ class UNetLoss:
         sd.tokenizer = Tokenizer(length=s.tokens)
         self.unet = torch.compile(sd.unet) if s.compile else sd.unet
         with torch.no_grad():  # the VAE is frozen: its mean and standard deviation are computed once
-            chunks = [sd.vae.moments(pictures.pixels(i).to(device)) for i in torch.arange(len(pictures)).split(64)]
+            chunks = [sd.vae.moments(pictures.pixels(i).to(device)) for i in torch.arange(len(pictures)).split(8)]
         self.mean = torch.cat([mean for mean, _ in chunks])
         self.std = torch.cat([(0.5 * logvar).exp() for _, logvar in chunks])
 
     def __call__(self, step: int) -> Tensor:
         s, g = self.s, generator(self.s.seed, step)
         i = self.pictures.order(step)
-        shape = self.mean[i].shape
+        mean, std = self.mean[i], self.std[i]
 
         def randn() -> Tensor:
-            return torch.randn(shape, generator=g).to(self.device)
+            return torch.randn(mean.shape, generator=g).to(self.device)
 
-        x0 = (self.mean[i] + self.std[i] * randn()) * self.sd.config.vae.scale_factor
+        x0 = (mean + std * randn()) * self.sd.config.vae.scale_factor
         keep = torch.rand(s.batch, generator=g) >= s.caption_dropout
         captions = [self.pictures.caption(int(j), g) if kept else "" for j, kept in zip(i, keep)]
         tokens = self.sd.tokenizer(captions).to(self.device)
         context = self.sd.text(tokens)
         y = None if self.sd.config.unet.adm_in_channels is None else self.sd.text.pool(context, tokens)
         u = (torch.rand((), generator=g) + torch.arange(s.batch) / s.batch) % 1  # evenly spread: less noise in the loss
-        t = (T * s.time_shift * u / (1 + (s.time_shift - 1) * u)).long().to(self.device)
+        t = shifted(u, s.time_shift).to(self.device)
         noise = randn()
         out = self.unet(q_sample(x0, t, noise), t, context, y)
         return F.mse_loss(out.float(), target(self.sd.config.prediction, x0, t, noise))
@@ -155,6 +170,11 @@ class UNetLoss:
         n = len(self.pictures)
         prompts = [self.pictures.captions[i * n // min(n, 24)][0] for i in range(min(n, 24))]
         return [self.sd.generate(prompt)[0] for prompt in prompts]
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Uniform u in [0, 1) -> times 0...999, more of them at high noise the larger the shift. Esser et al. 2024, equation 23."""
+    return (NUM_TIMESTEPS * shift * u / (1 + (shift - 1) * u)).long().clamp(max=NUM_TIMESTEPS - 1)  # rounding can give 1000
 
 
 class VAELoss:
@@ -188,7 +208,8 @@ class VAELoss:
     def before_saving(self) -> None:
         if self.s.train == "vae":
             with torch.no_grad():
-                self.sd.config.vae.scale_factor = 1 / float(self.sd.vae.moments(self.some(256))[0].std())
+                means = [self.sd.vae.moments(x)[0] for x in self.some(256).split(8)]
+            self.sd.config.vae.scale_factor = 1 / float(torch.cat(means).std())
 
     def samples(self) -> list[Image.Image]:
         x = self.some(12)
@@ -234,10 +255,7 @@ class Pictures:
 
 def read_rgba(path: Path, size: int) -> Tensor:
     """(4, size, size) bytes: the middle square of the picture."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the picture {path}: {error}") from error
+    image = read_image(path)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -246,7 +264,11 @@ def read_rgba(path: Path, size: int) -> Tensor:
 def read_captions(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"no captions at {path}: each picture needs a .txt of its name, one caption a line")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the captions in {path} are not UTF-8: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()] or [""]
 
 
 # --- starting, stopping, saving ---
@@ -256,21 +278,44 @@ def generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 40) + int(step))
 
 
+def check(s: Settings) -> None:
+    """Raises UserError for settings out of range."""
+    least = {"steps": 1, "batch": 1, "log_every": 1, "save_every": 0, "sample_every": 0, "tokens": 2, "seed": 0}
+    for name, low in least.items():
+        if getattr(s, name) < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(s, name)}")
+    if s.tokens > 77 or s.seed >= 2**20:
+        raise UserError(f"--tokens is at most 77 and --seed below 2^20, not {s.tokens} and {s.seed}")
+    if s.train not in TRAINED or s.amp not in ("", "bf16", "fp16"):
+        raise UserError(f"--train takes {', '.join(TRAINED)}, --amp takes bf16 or fp16; not {s.train!r} and {s.amp!r}")
+
+
 def load_model(s: Settings, device: str) -> StableDiffusion:
-    """The built-in model, a checkpoint, or a row of PRESETS with random weights; all in fp32."""
-    if s.init in PRESETS:
-        torch.manual_seed(s.seed)
-        sd = StableDiffusion(deepcopy(PRESETS[s.init]))
-        for part in sd.parts.values():
-            part.to(device).requires_grad_(False)
-        return sd
-    return StableDiffusion.load(s.init or None, device, torch.float32)
+    """A checkpoint, or a row of PRESETS with random weights (to train its UNet, on another model's VAE); all in fp32."""
+    if s.init not in PRESETS:
+        return StableDiffusion.load(s.init or None, device, torch.float32)
+    config = deepcopy(PRESETS[s.init])
+    torch.manual_seed(s.seed)
+    if s.train == "unet":
+        vae = StableDiffusion.load(s.vae or None, device, torch.float32).vae
+        if vae.cfg.z_channels != config.unet.in_channels:
+            raise UserError(f"the UNet of {s.init!r} takes {config.unet.in_channels} latent channels, the VAE gives {vae.cfg.z_channels}: give another --vae")
+        config.vae = vae.cfg
+    sd = StableDiffusion(config)
+    if s.train == "unet":
+        sd.vae.load_state_dict(vae.state_dict())
+    for part in sd.parts.values():
+        part.to(device).requires_grad_(False)
+    return sd
 
 
 def resume(s: Settings, params: list[Tensor], ema: list[Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Fill everything from s.out/state.pt and return the step to go on with; 0 if there is none."""
     path = Path(s.out) / "state.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {s.out}: {error}") from error
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -280,8 +325,21 @@ def resume(s: Settings, params: list[Tensor], ema: list[Tensor], optimizer: torc
         for mine, saved in zip([*params, *ema], [*state["params"], *state["ema"]]):
             mine.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
     return state["step"]
+
+
+def stop_signals() -> list[int]:
+    """A list that the first Ctrl-C or SIGTERM is put into, so that the step ends and is saved; a second one kills."""
+    received = []
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, receive)
+    return received
 
 
 def write(path: str, state: dict) -> None:
@@ -315,13 +373,13 @@ def sheet(images: list[Image.Image], columns: int = 8) -> Image.Image:
 def parse_settings() -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
-        name = "--" + f.name.replace("_", "-")
+        name, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.name == "data":
-            parser.add_argument(name, nargs="+", required=True)
+            parser.add_argument(name, nargs="+", required=True, help=help)
         elif f.type is bool:
-            parser.add_argument(name, action="store_true")
+            parser.add_argument(name, action="store_true", help=help)
         else:
-            parser.add_argument(name, type=f.type, default=f.default, help=f"default: {f.default!r}")
+            parser.add_argument(name, type=f.type, default=f.default, help=help + (f" ({f.default})" if f.default != "" else ""))
     return Settings(**vars(parser.parse_args()))
 
 

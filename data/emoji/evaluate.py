@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
-from sd import StableDiffusion, read_image  # noqa: E402
+from sd import StableDiffusion, on_white, read_image  # noqa: E402
 
 CAPTIONS = ["a red apple", "pizza, twemoji", "a rocket", "cat face, noto", "a sunflower", "an octopus", "a penguin, twemoji", "a guitar",
             "a red heart", "smiling face with sunglasses, noto", "a crown", "a snowman"]
@@ -45,7 +45,7 @@ def main() -> None:
     if not paths:
         sys.exit("no pictures: run data/emoji/prepare.py first")
     known = [path.stem.rsplit(".", 1) for path in paths]  # [name, style]
-    features = np.stack([feature(read_image(str(path))) for path in paths])
+    features = np.stack([feature(on_white(read_image(path))) for path in paths])
     by_caption = {(HERE / "train" / f"{name}.{style}.txt"): (name, style) for name, style in known}
     by_caption = {path.read_text().split("\n")[0]: key for path, key in by_caption.items() if path.exists()}
     captions = random.Random(0).sample(json.loads(sd.metadata["captions"]), args.n)
