@@ -347,6 +347,15 @@ def test_one_batch_is_learned_by_heart(five, tmp_path, capsys):
         assert np.abs(middle - rgb).max() < 0.3, (name, middle)
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_autocast_trains_nearly_as_fp32(tiny, five, tmp_path, capsys, amp):
+    losses = {}
+    for kind in (amp, ""):
+        out = trained(capsys, "--data", five, "--init", tiny, "--steps", 3, "--batch", 2, "--log-every", 1, "--device", "cpu", "--amp", kind, "--out", tmp_path / f"o{kind}")
+        losses[kind] = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
+    assert len(losses[amp]) == 3 and np.allclose(losses[amp], losses[""], rtol=0.02), losses
+
+
 def test_a_changed_row_is_trained_on_the_builtin_vae(five, tmp_path, capsys):
     """README, "Change one thing": --init emoji takes the row of PRESETS as it stands, with random weights, and the trained VAE."""
     with pytest.MonkeyPatch.context() as patch:

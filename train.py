@@ -2,7 +2,7 @@
 
     python train.py --data my_pictures --out runs/mine            fine-tunes the built-in model; then
     python sd.py "..." --ckpt runs/mine/model.safetensors         draws with it
-    python train.py --init emoji --train vae --data ...           from scratch; weights/README.md has all three stages
+    python train.py --init emoji --train vae --data ...           from scratch: the VAE first; weights/README.md goes on
 
 Three things can be trained: `vae` (pictures to latents and back), `decoder` (its second half alone, which leaves the
 latents what they were) and `unet` (the UNet with its text encoder, on latents of the frozen VAE). The same command again
