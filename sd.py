@@ -114,6 +114,7 @@ class StableDiffusion:
         tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
         temporary = Path(f"{path}.tmp")
         save_file(tensors, temporary, self.metadata | {"config": json.dumps(asdict(self.config))})
+        temporary.chmod(0o644)  # safetensors writes for the owner alone
         os.replace(temporary, path)
 
     @property
@@ -163,8 +164,10 @@ class StableDiffusion:
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
         if not 0 < strength <= 1 or (init is not None and int(steps * strength) < 1):
             raise UserError(f"strength {strength} of {steps} steps: it must lie between {1 / steps:.3g} (one step) and 1")
-        if batch < 1 or not 0 <= seed < 2**63 - batch:
-            raise UserError(f"batch must be at least 1 and the seed between 0 and 2^63, not {batch} and {seed}")
+        if batch < 1:
+            raise UserError(f"batch must be at least 1, not {batch}")
+        if not 0 <= seed < 2**63 - batch:
+            raise UserError(f"the seed must lie between 0 and 2^63, not {seed}")
         sample, _, last = SAMPLERS[sampler]
         sigmas = SPACINGS[spacing](steps)
         sigmas.append(last if last < 0.999 * sigmas[-1] else 0.0)  # a spacing may already go down to `last`
@@ -358,7 +361,7 @@ def run(args: argparse.Namespace) -> None:
     sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype])
     width, height, steps, guidance, sampler, spacing = sd.settings(
         args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)
-    with tqdm(total=steps if init is None else int(steps * args.strength), unit="step") as bar:
+    with tqdm(total=steps if init is None else int(steps * args.strength), unit="step", delay=0.1) as bar:  # none before an error
         images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, seed=args.seed, batch=args.batch,
                              callback=lambda step: bar.update(), spacing=spacing, init=init, strength=args.strength)
     for i, (image, path) in enumerate(zip(images, paths)):
