@@ -15,7 +15,10 @@ E width of the time embedding (4 * model_channels).
         +-------------> ResBlock, SpatialTransformer, ResBlock (middle) --------+
 """
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -218,12 +221,31 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, query_dim, bias=False)
         self.to_v = nn.Linear(context_dim, query_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))
+        self.watch: Callable[[Tensor], None] | None = None  # set by `watching`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # 'b t (h d) -> b h t d'
                    for z in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self.to_out(attention(q, k, v).transpose(1, 2).flatten(2))  # 'b h t d -> b t (h d)'
+        if self.watch is None:
+            h = attention(q, k, v)
+        else:
+            h, a = attention(q, k, v, return_weights=True)
+            self.watch(a)
+        return self.to_out(h.transpose(1, 2).flatten(2))              # 'b h t d -> b t (h d)'
+
+
+@contextmanager
+def watching(unet: UNetModel, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within, every cross-attention of the UNet calls watch(its name, its matrix a (B, heads, H*W, T)); rows of a sum to 1."""
+    layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+    for name, layer in layers.items():
+        layer.watch = partial(watch, name)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.watch = None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False):

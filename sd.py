@@ -19,6 +19,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from model import UNetConfig, UNetModel
+from model import UNetConfig, UNetModel, watching
 from sampler import SAMPLERS, SPACINGS, Step, denoiser, guided
 from vae import AutoencoderKL, VAEConfig
 
@@ -217,6 +219,55 @@ class StableDiffusion:
         return width, height, steps, guidance, sampler, spacing
 
 
+class HeatMaps:
+    """Where the words went: the cross-attention matrices of a run, averaged over its steps and over the heads of each layer.
+
+        maps = HeatMaps()
+        with watching(sd.unet, maps.watch):
+            images = sd.generate(prompt, callback=maps.step)
+
+    `layers` has {name: (B, 77, h, w)}, brought to the latent's size; `mean()` is their average. At each position they sum to 1 over the tokens.
+    """
+
+    def __init__(self):
+        self.last: dict[str, Tensor] = {}
+        self.layers: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def watch(self, name: str, a: Tensor) -> None:
+        self.last[name] = a.mean(1)                                                    # 'b heads hw t -> b hw t'
+
+    def step(self, step: Step) -> None:
+        self.steps += 1
+        B, _, h, w = step.x.shape
+        for name, a in self.last.items():
+            a, (H, W) = a[-B:].transpose(1, 2), (h, w)                                 # guidance puts the prompt's half last
+            while H * W > a.shape[2]:
+                H, W = (H + 1) // 2, (W + 1) // 2                                      # as Downsample does
+            a = F.interpolate(a.unflatten(2, (H, W)), size=(h, w), mode="bilinear").cpu()
+            self.layers[name] = a if self.steps == 1 else torch.lerp(self.layers[name], a, 1 / self.steps)
+
+    def mean(self) -> Tensor:
+        return torch.stack(list(self.layers.values())).mean(0)
+
+
+def words_of(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, list[int]]]:
+    """The words of a prompt, each with its places in the row of tokens (the start token is at 0); words cut off are left out."""
+    encoding = tokenizer.bpe.encode(prompt)
+    words: dict[int, list[int]] = {}
+    for i, word in enumerate(encoding.word_ids[:tokenizer.length - 2]):
+        words.setdefault(word, []).append(i)
+    return [(prompt[encoding.offsets[ids[0]][0]:encoding.offsets[ids[-1]][1]].lower(), [i + 1 for i in ids]) for ids in words.values()]
+
+
+def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
+    """The picture in gray, with red where `heat` (h, w) is high, from its least value to its greatest."""
+    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
+    mask = Image.fromarray((heat * 255).round().byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
+    gray = ImageOps.autocontrast(image.convert("L")).convert("RGB")
+    return Image.composite(Image.blend(gray, Image.new("RGB", image.size, "red"), 0.6), gray, mask)
+
+
 # --- checkpoints ---
 
 IGNORED = re.compile(  # what files hold beside the weights: buffers, training state, another copy
@@ -328,11 +379,14 @@ def main() -> None:
     parser.add_argument("--height", type=int)
     parser.add_argument("--batch", type=int, default=1, help="number of pictures (default 1)")
     parser.add_argument("--init", metavar="IMG", help="start from this picture, cut to the size, instead of noise")
-    parser.add_argument("--strength", type=float, default=0.75, help="with --init: how much of it to redraw, up to 1 (default 0.75)")
+    parser.add_argument("--strength", type=float, help="with --init: how much of it to redraw, up to 1 (default 0.75)")
     parser.add_argument("--ckpt", help="an SD 1.x .safetensors or .ckpt, or a file of train.py; default: the built-in model")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on GPUs; on a CPU bf16 if it computes in it, else fp32")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
     parser.add_argument("--out", help="the .png to write; default: named after the prompt")
+    parser.add_argument("--film", metavar="GIF", help="also write how the picture came about: the model's guess of it at every step")
+    parser.add_argument("--attn", metavar="DIR", help="also write, for each word, where in the picture it was looked for (a folder; made if need be)")
+    parser.add_argument("--words", help="with --attn: these words of the prompt only, separated by commas")
     args = parser.parse_args()
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
     try:
@@ -353,7 +407,13 @@ def run(args: argparse.Namespace) -> None:
         (args.prompt + args.negative).encode()
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid UTF-8") from error
-    paths = output_paths(args)
+    for option, needs in ("strength", "init"), ("words", "attn"):
+        if getattr(args, option) is not None and getattr(args, needs) is None:
+            raise UserError(f"--{option} means nothing without --{needs}: give that too")
+    strength = 0.75 if args.strength is None else args.strength
+    name = re.sub(r"\W+", "-", args.prompt).strip("-").encode()[:100].decode(errors="ignore") or "picture"  # file names are limited in bytes
+    paths = output_paths("--out", args.out if args.out is not None else name + ".png", ".png", args)
+    films = [] if args.film is None else output_paths("--film", args.film, ".gif", args)
     init = None if args.init is None else read_image(args.init)
     if args.ckpt is None:
         print("using the built-in model (64x64 emoji). Full size: download v1-5-pruned-emaonly.safetensors of the model "
@@ -361,24 +421,56 @@ def run(args: argparse.Namespace) -> None:
     sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype])
     width, height, steps, guidance, sampler, spacing = sd.settings(
         args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)
-    with tqdm(total=steps if init is None else int(steps * args.strength), unit="step", delay=0.1) as bar:  # none before an error
+    words = None if args.attn is None else chosen_words(sd.tokenizer, args)
+    maps, guesses = HeatMaps(), []
+
+    def callback(step: Step) -> None:
+        bar.update()
+        if films:
+            guesses.append(step.denoised)
+        if words is not None:
+            maps.step(step)
+
+    with (tqdm(total=steps if init is None else int(steps * strength), unit="step", delay=0.1) as bar,  # none before an error
+          nullcontext() if words is None else watching(sd.unet, maps.watch)):
         images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, seed=args.seed, batch=args.batch,
-                             callback=lambda step: bar.update(), spacing=spacing, init=init, strength=args.strength)
+                             callback=callback, spacing=spacing, init=init, strength=strength)
     for i, (image, path) in enumerate(zip(images, paths)):
         about = (f"{args.prompt}\nNegative prompt: {args.negative}\nSteps: {steps}, Sampler: {sampler}, Schedule type: {spacing}, "
                  f"CFG scale: {guidance}, Seed: {args.seed + i}, Size: {width}x{height}, Model: {Path(args.ckpt or BUILTIN).stem}")
         if init is not None:
-            about += f", Denoising strength: {args.strength}, Init: {args.init}"
-        write_png(image, path, about)
+            about += f", Denoising strength: {strength}, Init: {args.init}"
+        write(image, path, pnginfo=text_chunk(about))
         print(path)
+    for i, path in enumerate(films):
+        frames = [sd.decode_latents(guess[i:i + 1])[0] for guess in guesses[:-1]] + [images[i]]
+        write(frames[0], path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500], loop=0)
+        print(path)
+    for i, image in enumerate(images if words is not None else []):
+        for word, places in words:
+            path = Path(args.attn) / (f"{paths[i].stem}-{places[0]}-" + re.sub(r"\W", "", word)[:40] + ".png")
+            write(overlay(image, maps.mean()[i, places].sum(0)), path)
+            print(path)
 
 
-def output_paths(args: argparse.Namespace) -> list[Path]:
+def chosen_words(tokenizer: Tokenizer, args: argparse.Namespace) -> list[tuple[str, list[int]]]:
+    """The words for --attn, whose folder is made. Raises UserError for a word that is not in the prompt."""
+    words = [(word, places) for word, places in words_of(tokenizer, args.prompt) if re.search(r"\w", word)]
+    wanted = [word for word, _ in words] if args.words is None else [word.strip().lower() for word in args.words.split(",")]
+    if unknown := [word for word in wanted if word not in dict(words)]:
+        raise UserError(f"{unknown[0]!r} is no word of the prompt: its words are {', '.join(word for word, _ in words)}")
+    try:
+        Path(args.attn).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {args.attn}: {error}") from error
+    return [(word, places) for word, places in words if word in wanted]
+
+
+def output_paths(option: str, path: str, suffix: str, args: argparse.Namespace) -> list[Path]:
     """One path per picture, with its seed in it if there are several. Raises UserError, before any work, if they cannot be written."""
-    name = re.sub(r"\W+", "-", args.prompt).strip("-").encode()[:100].decode(errors="ignore") or "picture"  # file names are limited in bytes
-    path = Path(args.out if args.out is not None else name + ".png")
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--out must end in .png, not {path.name!r}")
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{option} must end in {suffix}, not {path.name!r}")
     if len(path.name.encode()) > 220 or not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.is_dir():
         raise UserError(f"cannot write {path}: its folder must exist and be writable, its name short")
     return [path] if args.batch == 1 else [path.with_stem(f"{path.stem}-{args.seed + i}") for i in range(args.batch)]
@@ -398,13 +490,18 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def write_png(image: Image.Image, path: Path, parameters: str) -> None:
-    """The picture with its settings in the text chunk that other tools read, whole or not at all."""
+def text_chunk(parameters: str) -> PngImagePlugin.PngInfo:
+    """The settings as other tools read and write them."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("parameters", parameters)
+    return info
+
+
+def write(image: Image.Image, path: Path, **options) -> None:
+    """A .png or .gif, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        image.save(temporary, "PNG", pnginfo=info)
+        image.save(temporary, path.suffix[1:].upper(), **options)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ from sd import BUILTIN, PRESETS, Preset, StableDiffusion
 from vae import VAEConfig
 
 HERE = Path(__file__).parent
+DOCS = str(HERE / "docs" / "emoji.png")
 torch.set_num_threads(1)  # most networks here are so small that threads cost more than they bring
 TINY = Preset(UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1), num_heads=(2, 2), context_dim=32),
               VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1), CLIPTextConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2),
@@ -103,6 +104,40 @@ def test_png_holds_what_is_needed_to_make_it_again(tiny, tmp_path, capsys):
     again = StableDiffusion.load(tiny).generate(prompt, negative, width, height, int(told["Steps"]), float(told["CFG scale"]), told["Sampler"],
                                                 int(told["Seed"]), spacing=told["Schedule type"])[0]
     assert (width, height) == (40, 32) and np.array_equal(np.asarray(again), np.asarray(picture))
+
+
+def test_film_ends_with_the_picture(tiny, tmp_path, capsys):
+    """One frame a step; the last is the picture itself, to the GIF's 256 colours."""
+    code, _, _ = command(sd_module, capsys, "a cat", "--steps", 5, "--batch", 2, "--ckpt", tiny, "--out", tmp_path / "p.png", "--film", tmp_path / "f.gif")
+    assert code == 0
+    for seed in (0, 1):
+        film, picture = Image.open(tmp_path / f"f-{seed}.gif"), Image.open(tmp_path / f"p-{seed}.png")
+        assert film.n_frames == 5 and film.size == picture.size
+        film.seek(4)
+        assert np.abs(np.asarray(film.convert("RGB"), float) - np.asarray(picture)).mean() < 6
+
+
+def test_watching_changes_no_picture_and_maps_sum_to_one(tiny, tmp_path, capsys):
+    for name, more in {"plain": [], "watched": ["--attn", tmp_path / "maps", "--words", "cat,Hat"]}.items():
+        assert command(sd_module, capsys, "a cat, a hat", "--width", 72, "--ckpt", tiny, "--out", tmp_path / f"{name}.png", *more)[0] == 0
+    assert np.abs(np.asarray(Image.open(tmp_path / "plain.png"), float) - np.asarray(Image.open(tmp_path / "watched.png"))).max() <= 1
+    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["watched-2-cat.png", "watched-5-hat.png"]
+    sd, maps = StableDiffusion.load(tiny), sd_module.HeatMaps()
+    with sd_module.watching(sd.unet, maps.watch):
+        sd.generate("a cat, a hat", batch=2, width=72, callback=maps.step)
+    assert maps.mean().shape == (2, 77, 4, 9) and len(maps.layers) == 4
+    for layer in [*maps.layers.values(), maps.mean()]:
+        assert torch.allclose(layer.sum(1), torch.ones(2, 4, 9), atol=1e-5)
+    assert all(layer.watch is None for layer in sd.unet.modules() if hasattr(layer, "watch"))
+
+
+def test_words_and_their_places():
+    """A word of several pieces has several places; the same word (id 2368: cat) is found where it stands, not where its letters do."""
+    tokenizer = sd_module.Tokenizer()
+    words = sd_module.words_of(tokenizer, "A  floofycat, cat!!")
+    ids = tokenizer("A  floofycat, cat!!")[0].tolist()
+    assert [word for word, _ in words] == ["a", "floofycat", ",", "cat", "!!"]
+    assert words[3][1] == [76 - ids[::-1].index(2368)] and len(words[1][1]) > 1 and sum((places for _, places in words), []) == list(range(1, ids.index(49407)))
 
 
 def test_init_picture(tiny, tmp_path, capsys):
@@ -256,7 +291,9 @@ def test_bad_checkpoints(tiny, tmp_path, capsys, monkeypatch):
     (["--width", "100"], "multiples of 8"), (["--height", "0"], "multiples of 8"), (["--width", "-64"], "multiples of 8"),
     (["--steps", "0"], "between 1 and 1000"), (["--steps", "1001"], "between 1 and 1000"), (["--sampler", "magic"], "dpmpp_2m"),
     (["--spacing", "magic"], "karras"), (["--guidance", "nan"], "guidance"), (["--seed", "-1"], "seed"), (["--batch", "0"], "batch"),
-    (["--strength", "0"], "strength"), (["--strength", "1.5"], "strength"),
+    (["--strength", "0", "--init", DOCS], "strength"), (["--strength", "1.5", "--init", DOCS], "strength"), (["--strength", "0.5"], "without --init"),
+    (["--film", "f.png"], "must end in .gif"), (["--attn", "a", "--words", "dog"], "its words are a, cat"), (["--words", "cat"], "without --attn"),
+    (["--attn", __file__], "cannot write into"),
     (["--init", "nowhere.png"], "nowhere.png"), (["--init", __file__], "cannot read"), (["--device", "toaster"], "toaster"),
 ])
 def test_bad_settings(tiny, tmp_path, capsys, args, words):

@@ -19,6 +19,7 @@ class VAEConfig:
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)         # width of each level / ch; each level but the last halves H and W
     num_res_blocks: int = 2                         # per level in the encoder; the decoder has one more
     z_channels: int = 4
+    double_z: bool = True                           # the encoder gives mean and log variance; False for a VQModel
     num_groups: int = 32                            # of every GroupNorm
     scale_factor: float = 0.18215                   # 1/std of the latents over the training data
 
@@ -63,6 +64,47 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
+class VQModel(nn.Module):
+    """The other autoencoder of Rombach et al. 2022, section 3.1: latents are snapped to a learned codebook instead of drawn to N(0, 1).
+
+    Modules as in LDM's `VQModel`. Build it with VAEConfig(double_z=False, ...); pictures (B, 3, H, W) in [-1, 1].
+    """
+
+    def __init__(self, cfg: VAEConfig, n_embed: int = 8192):
+        super().__init__()
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.quantize = VectorQuantizer(n_embed, cfg.z_channels)
+        self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures -> reconstructions (B, 3, H, W), the codebook's loss, and the codes (B, h, w), which alone are the picture."""
+        z, loss, codes = self.quantize(self.quant_conv(self.encoder(x)))
+        return self.decoder(self.post_quant_conv(z)), loss, codes
+
+
+class VectorQuantizer(nn.Module):
+    """Every latent vector becomes the nearest of n_embed codes; gradients pass as if it had not. van den Oord et al. 2017, equation 3.
+
+    z (B, Z, h, w) -> the codes' vectors (B, Z, h, w); a loss that draws codes to latents and, with weight beta, latents to
+    codes; the codes' numbers (B, h, w).
+    """
+
+    def __init__(self, n_embed: int, dim: int, beta: float = 0.25):
+        super().__init__()
+        self.beta = beta
+        self.embedding = nn.Embedding(n_embed, dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        vectors = z.movedim(1, -1)                                               # 'b z h w -> b h w z'
+        codes = torch.cdist(vectors.flatten(0, -2), self.embedding.weight).argmin(1).view(vectors.shape[:-1])
+        q = self.embedding(codes).movedim(-1, 1)                                 # 'b h w z -> b z h w'
+        loss = (q - z.detach()).square().mean() + self.beta * (q.detach() - z).square().mean()
+        return z + (q - z).detach(), loss, codes
+
+
 def level(**modules: nn.Module) -> nn.Module:
     """One resolution of the encoder or decoder: a plain holder, so that names read `down.0.block.1` as in the checkpoint."""
     holder = nn.Module()
@@ -90,7 +132,7 @@ class Encoder(nn.Module):
         self.mid = level(block_1=ResnetBlock(c, c, cfg.num_groups), attn_1=AttnBlock(c, cfg.num_groups),
                          block_2=ResnetBlock(c, c, cfg.num_groups))
         self.norm_out = normalize(c, cfg.num_groups)
-        self.conv_out = nn.Conv2d(c, 2 * cfg.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, (1 + cfg.double_z) * cfg.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
