@@ -221,12 +221,12 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, query_dim, bias=False)
         self.to_v = nn.Linear(context_dim, query_dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(query_dim, query_dim))
-        self.watch: Callable[[Tensor], None] | None = None  # set by `watching`
+        self.watch: Callable[[Tensor], None] | None = None            # set by `watching`
+        self.kept: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None  # set by `words_kept`
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # 'b t (h d) -> b h t d'
-                   for z in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q = self.split(self.to_q(x))
+        k, v = self.keys_and_values(x if context is None else context)
         if self.watch is None:
             h = attention(q, k, v)
         else:
@@ -234,11 +234,22 @@ class CrossAttention(nn.Module):
             self.watch(a)
         return self.to_out(h.transpose(1, 2).flatten(2))              # 'b h t d -> b t (h d)'
 
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # 'b t (h d) -> b h t d'
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kept is not None and id(context) in self.kept:
+            return self.kept[id(context)][1:]
+        k, v = self.split(self.to_k(context)), self.split(self.to_v(context))
+        if self.kept is not None:
+            self.kept[id(context)] = (context, k, v)  # holding the context, no other tensor can get its id
+        return k, v
+
 
 @contextmanager
 def watching(unet: UNetModel, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Within, every cross-attention of the UNet calls watch(its name, its matrix a (B, heads, H*W, T)); rows of a sum to 1."""
-    layers = {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
+    layers = cross_attentions(unet)
     for name, layer in layers.items():
         layer.watch = partial(watch, name)
     try:
@@ -246,6 +257,23 @@ def watching(unet: UNetModel, watch: Callable[[str, Tensor], None]) -> Iterator[
     finally:
         for layer in layers.values():
             layer.watch = None
+
+
+@contextmanager
+def words_kept(unet: UNetModel) -> Iterator[None]:
+    """Within, keys and values of a context tensor are computed once and not at every step. Neither it nor the weights may change there."""
+    layers = cross_attentions(unet)
+    for layer in layers.values():
+        layer.kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.kept = None
+
+
+def cross_attentions(unet: UNetModel) -> dict[str, CrossAttention]:
+    return {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False):

@@ -70,10 +70,16 @@ def denoiser(net: Callable[..., Tensor], prediction: str) -> Callable[..., Tenso
     return denoise
 
 
-def guided(denoise: Callable[..., Tensor], condition: dict[str, Tensor], negative: dict[str, Tensor], scale: float) -> Denoise:
-    """Classifier-free guidance, Ho & Salimans 2022: negative + scale (condition - negative). Scale 1 needs one pass only."""
+def guided(denoise: Callable[..., Tensor], condition: dict[str, Tensor], negative: dict[str, Tensor], scale: float,
+           two_passes: bool = False) -> Denoise:
+    """Classifier-free guidance, Ho & Salimans 2022: negative + scale (condition - negative). Scale 1 needs one of them only.
+
+    Both go through the network as one batch, or with `two_passes` one after the other, in half the memory.
+    """
     if scale == 1:
         return lambda x, sigma: denoise(x, sigma, **condition)
+    if two_passes:
+        return lambda x, sigma: torch.lerp(denoise(x, sigma, **negative), denoise(x, sigma, **condition), scale)
     both = {name: torch.cat([negative[name], condition[name]]) for name in condition}
 
     def guided_denoise(x: Tensor, sigma: float) -> Tensor:

@@ -18,8 +18,8 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,13 +31,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from model import UNetConfig, UNetModel, watching
+from model import UNetConfig, UNetModel, watching, words_kept
 from sampler import SAMPLERS, SPACINGS, Step, denoiser, guided
-from vae import AutoencoderKL, VAEConfig
+from vae import AutoencoderKL, VAEConfig, decode_tiled
 
 BUILTIN = Path(__file__).parent / "weights" / "emoji.safetensors"
 
@@ -85,11 +85,14 @@ class StableDiffusion:
             "model.diffusion_model.": self.unet,
         }
         self.metadata: dict[str, str] = {}
+        self.device, self.lowmem = torch.device("cpu"), False
 
     @classmethod
-    def load(cls, path: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None) -> "StableDiffusion":
+    def load(cls, path: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None,
+             lowmem: bool = False) -> "StableDiffusion":
         """A model from an official single file (.safetensors or .ckpt); None: the built-in one, the best device, its best dtype.
 
+        With `lowmem` each network is on the device only while it works, guidance takes two passes, and the VAE decodes in tiles.
         Raises UserError if the file is missing, damaged, or not exactly one of the models in PRESETS.
         """
         device, dtype = best_device_and_dtype(device, dtype)
@@ -99,13 +102,21 @@ class StableDiffusion:
         with torch.device("meta"):
             sd = cls(preset_of(path, shapes, metadata))
         check_names_and_shapes(path, shapes, {name: tensor.shape for name, tensor in sd.state_dict().items()})
-        for prefix, part in sd.parts.items():
-            # fp16's largest number, 65504, is too small for some VAE activations: keep that part in fp32
-            part_dtype = torch.float32 if part is sd.vae and dtype == torch.float16 else dtype
-            part.load_state_dict({name: tensors[prefix + name]().to(device, part_dtype) for name in part.state_dict()}, assign=True)
-            part.eval().requires_grad_(False)
-        sd.metadata = metadata
+        sd.metadata, sd.lowmem = metadata, lowmem
+        sd.place(device, dtype, lambda name: tensors[name]())
         return sd
+
+    def place(self, device: str, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None) -> None:
+        """Put the networks on the device (with lowmem, into the CPU's memory) as they work best, their weights those that
+        `read` gives for a name, taken one by one."""
+        self.device = torch.device(device)
+        for prefix, part in self.parts.items():
+            # fp16's largest number, 65504, is too small for some VAE activations: keep that part in fp32
+            part_dtype = torch.float32 if part is self.vae and dtype == torch.float16 else dtype
+            home = "cpu" if self.lowmem else device
+            weights = part.state_dict()
+            part.load_state_dict({name: (weights[name] if read is None else read(prefix + name)).to(home, part_dtype) for name in weights}, assign=True)
+            part.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor under its official single-file name."""
@@ -119,9 +130,15 @@ class StableDiffusion:
         temporary.chmod(0o644)  # safetensors writes for the owner alone
         os.replace(temporary, path)
 
-    @property
-    def device(self) -> torch.device:
-        return self.unet.out[2].weight.device
+    @contextmanager
+    def at_work(self, part: nn.Module) -> Iterator[nn.Module]:
+        """The part on the device; with lowmem, back to the CPU's memory afterwards."""
+        part.to(self.device)
+        try:
+            yield part
+        finally:
+            if self.lowmem:
+                part.to("cpu")
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """B prompts -> a vector per token, (B, 77, D)."""
@@ -131,7 +148,8 @@ class StableDiffusion:
     def condition(self, prompts: list[str]) -> dict[str, Tensor]:
         """B prompts -> what the UNet is told about them: context (B, 77, D), and y (B, D) if it takes a pooled vector."""
         tokens = self.tokenizer(prompts).to(self.device)
-        context = self.text(tokens)
+        with self.at_work(self.text) as text:
+            context = text(tokens)
         if self.config.unet.adm_in_channels is None:
             return {"context": context}
         return {"context": context, "y": self.text.pool(context, tokens)}
@@ -141,12 +159,15 @@ class StableDiffusion:
         """PIL pictures of one size -> scaled latents (B, Z, h, w): the mode, or a sample if given standard normal `noise`."""
         x = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
         x = x.permute(0, 3, 1, 2).float() / 127.5 - 1                              # 'b h w c -> b c h w'
-        return self.vae.encode(x.to(self.vae.quant_conv.weight), noise).float()     # to the VAE's device and dtype
+        with self.at_work(self.vae) as vae:
+            return vae.encode(x.to(vae.quant_conv.weight), noise).float()           # to the VAE's device and dtype
 
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> list[Image.Image]:
         """Scaled latents (B, Z, h, w) -> PIL pictures. Raises UserError rather than give a black picture for NaNs."""
-        x = torch.cat([self.vae.decode(one.to(self.vae.quant_conv.weight)) for one in z.split(1)]).float()  # one by one: memory
+        with self.at_work(self.vae) as vae:
+            decode = partial(decode_tiled, vae) if self.lowmem else vae.decode
+            x = torch.cat([decode(one.to(vae.quant_conv.weight)).float() for one in z.split(1)])  # one by one: memory
         if not x.isfinite().all():
             raise UserError("NaN in the decoded picture, try --dtype fp32")
         x = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)  # 'b c h w -> b h w c'
@@ -189,12 +210,13 @@ class StableDiffusion:
 
         condition, negative = ({name: c.expand(batch, *c.shape[1:]) for name, c in self.condition([text]).items()}
                                for text in (prompt, negative_prompt))
-        denoise = guided(denoiser(self.unet, self.config.prediction), condition, negative, guidance)
-        for step in sample(denoise, x, sigmas, draw):
-            if not step.x.isfinite().all():
-                raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
-            if callback is not None:
-                callback(step)
+        with self.at_work(self.unet) as unet, words_kept(unet):
+            denoise = guided(denoiser(unet, self.config.prediction), condition, negative, guidance, two_passes=self.lowmem)
+            for step in sample(denoise, x, sigmas, draw):
+                if not step.x.isfinite().all():
+                    raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
+                if callback is not None:
+                    callback(step)
         return self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)  # variance preserving again: ddim ends above 0
 
     def settings(self, width, height, steps, guidance, sampler, spacing) -> tuple[int, int, int, float, str, str]:
@@ -382,6 +404,7 @@ def main() -> None:
     parser.add_argument("--strength", type=float, help="with --init: how much of it to redraw, up to 1 (default 0.75)")
     parser.add_argument("--ckpt", help="an SD 1.x .safetensors or .ckpt, or a file of train.py; default: the built-in model")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on GPUs; on a CPU bf16 if it computes in it, else fp32")
+    parser.add_argument("--lowmem", action="store_true", help="less memory, more time: one network on the device at a time, guidance in two passes, decoding in tiles")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
     parser.add_argument("--out", help="the .png to write; default: named after the prompt")
     parser.add_argument("--film", metavar="GIF", help="also write how the picture came about: the model's guess of it at every step")
@@ -394,7 +417,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(complain(error))
     except torch.OutOfMemoryError:
-        sys.exit(complain("out of memory: try a smaller --width and --height, --batch 1, or --dtype fp16"))
+        sys.exit(complain("out of memory: try --lowmem, a smaller --width and --height, --batch 1, or --dtype fp16"))
 
 
 def complain(what: object) -> int:
@@ -418,7 +441,7 @@ def run(args: argparse.Namespace) -> None:
     if args.ckpt is None:
         print("using the built-in model (64x64 emoji). Full size: download v1-5-pruned-emaonly.safetensors of the model "
               "stable-diffusion-v1-5/stable-diffusion-v1-5 and give --ckpt FILE")
-    sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype])
+    sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype], args.lowmem)
     width, height, steps, guidance, sampler, spacing = sd.settings(
         args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)
     words = None if args.attn is None else chosen_words(sd.tokenizer, args)

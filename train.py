@@ -304,8 +304,7 @@ def load_model(s: Settings, device: str) -> StableDiffusion:
     sd = StableDiffusion(config)
     if s.train == "unet":
         sd.vae.load_state_dict(vae.state_dict())
-    for part in sd.parts.values():
-        part.to(device).requires_grad_(False)
+    sd.place(device, torch.float32)
     return sd
 
 

@@ -6,6 +6,7 @@ carry the names of `ldm/modules/diffusionmodules/model.py`, which are those in o
 
 Shapes: B batch, C channels, H W picture or feature size, Z latent channels, h = H/f, w = W/f.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,31 @@ class AutoencoderKL(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, Z, h, w) -> pictures (B, 3, H, W), about [-1, 1] (not clamped)."""
         return self.decoder(self.post_quant_conv(z / self.cfg.scale_factor))
+
+
+def decode_tiled(vae: AutoencoderKL, z: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
+    """`vae.decode` in tiles of tile x tile latents, blended linearly where they overlap: the memory of one tile, whatever the picture's size.
+
+    Not exactly the whole: GroupNorm and attention see a tile at a time.
+    """
+    f, (B, _, h, w) = vae.cfg.downsampling, z.shape
+    out, total = (torch.zeros(B, channels, h * f, w * f, device=z.device) for channels in (3, 1))
+    for y in tile_starts(h, tile, overlap):
+        for x in tile_starts(w, tile, overlap):
+            picture = vae.decode(z[:, :, y:y + tile, x:x + tile]).float()
+            ramps = [torch.arange(1, side + 1, device=z.device).minimum(torch.arange(side, 0, -1, device=z.device)).clamp(max=overlap * f)
+                     for side in picture.shape[2:]]
+            weight = ramps[0][:, None] * ramps[1]                            # falls off towards the tile's edges
+            here = (..., slice(y * f, y * f + picture.shape[2]), slice(x * f, x * f + picture.shape[3]))
+            out[here] += weight * picture
+            total[here] += weight
+    return out / total
+
+
+def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles begin: evenly spread, overlapping by at least `overlap`."""
+    count = 1 if side <= tile else 1 + math.ceil((side - tile) / (tile - overlap))
+    return [round(i * max(side - tile, 0) / max(count - 1, 1)) for i in range(count)]
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

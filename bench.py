@@ -1,0 +1,250 @@
+"""How fast is this beside diffusers on the same machine, and beside what the machine can do?
+
+    pip install -r requirements.txt -r requirements-test.txt && python bench.py        all tables, as they stand in README.md
+    python bench.py step vae                                                           only these; see PARTS at the end
+
+Weights are random, in the shapes of SD 1.x; random weights cost what trained ones do. Everything is timed in turns (ours, theirs,
+ours, theirs, ...), and the figures are medians over the turns; ratios are medians of the ratios within a turn, so that
+a machine that slows down slows both. Needs 12 GB of memory and 6 GB of disk in the folder for temporary files.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model import words_kept
+from sampler import PREDICTIONS, denoiser, guided, q_sample, target
+from sd import DTYPES, PRESETS, StableDiffusion, best_device_and_dtype
+
+HERE = Path(__file__).parent
+GFLOP = 2 * 803  # of a guided step at 512x512: two samples through the UNet (lecture/unet.py counts them)
+PROMPT = "a photograph of an astronaut riding a horse"
+
+
+def in_turns(rounds: int, **actions: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each action, once a round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for turn in range(rounds + 1):
+        for name, action in actions.items():
+            start = time.perf_counter()
+            action()
+            synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def table(title: str, seconds: dict[str, list[float]], unit: str = "s", digits: int = 2, more: dict[str, str] = {}) -> None:
+    """A row for each action: its median, and the median of what ours, the first, takes of it."""
+    ours = next(iter(seconds.values()))
+    print(f"\n| {title} | median {unit} (min to max) | ours takes |\n|---|---|---|")
+    for name, values in seconds.items():
+        ratio = median(a / b for a, b in zip(ours, values))
+        share = "" if values is ours else f"{ratio:.2f}"
+        print(f"| {name} {more.get(name, '')}| {median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}) | {share} |", flush=True)
+
+
+def our_model(dtype: torch.dtype, device: str) -> StableDiffusion:
+    """Random weights, laid out as `load` lays them out."""
+    torch.manual_seed(0)
+    sd = StableDiffusion(PRESETS["sd1"])
+    sd.place(device, dtype)
+    return sd
+
+
+def their_parts(dtype: torch.dtype, device: str, channels_last: bool) -> dict[str, torch.nn.Module]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    torch.manual_seed(0)
+    wide = (128, 256, 512, 512)
+    parts = {
+        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        "vae": AutoencoderKL(block_out_channels=wide, layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
+                             up_block_types=("UpDecoderBlock2D",) * 4),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)),
+    }
+    for part in parts.values():
+        part.to(device, dtype).eval().requires_grad_(False)
+        if channels_last:
+            part.to(memory_format=torch.channels_last)
+    return parts
+
+
+def their_settings(dtype: torch.dtype) -> dict[str, tuple[torch.dtype, bool]]:
+    """diffusers as it comes, and its best: (dtype, channels last)."""
+    settings = {"diffusers, fp32 (its default)": (torch.float32, False), "diffusers, fp32, channels last": (torch.float32, True)}
+    if dtype != torch.float32:
+        name = next(name for name, value in DTYPES.items() if value == dtype)
+        settings |= {f"diffusers, {name}": (dtype, False), f"diffusers, {name}, channels last": (dtype, True)}
+    return settings
+
+
+@torch.no_grad()
+def bench_step(dtype: torch.dtype, device: str, rounds: int, side: int = 512) -> None:
+    sd = our_model(dtype, device)
+    x, told = torch.randn(1, 4, side // 8, side // 8, device=device), torch.randn(2, 77, 768, device=device)
+    with words_kept(sd.unet):
+        halves = [{"context": half.to(dtype)} for half in told.split(1)]
+        denoise = guided(denoiser(sd.unet, "eps"), *halves, scale=7.5)
+        actions = {"this": lambda: denoise(x, 7.0)}
+        for name, (their_dtype, channels_last) in their_settings(dtype).items():
+            unet = their_parts(their_dtype, device, channels_last)["unet"]
+            actions[name] = their_step(unet, x.to(their_dtype), told.to(their_dtype))
+        seconds = in_turns(rounds, **actions)
+    table(f"guided step, {side}x{side}", seconds, more={"this": f"({GFLOP / median(seconds['this']):.0f} GFLOP/s) "} if side == 512 else {})
+
+
+def their_step(unet: torch.nn.Module, x: torch.Tensor, told: torch.Tensor) -> Callable[[], object]:
+    def step():
+        uncond, cond = unet(torch.cat([x, x]), 500, told, return_dict=False)[0].chunk(2)
+        return uncond + 7.5 * (cond - uncond)
+    return step
+
+
+@torch.no_grad()
+def bench_vae(dtype: torch.dtype, device: str, rounds: int) -> None:
+    sd = our_model(dtype, device)
+    z = torch.randn(1, 4, 64, 64, device=device)
+    actions = {"this": lambda: sd.vae.decode(z.to(sd.vae.quant_conv.weight))}
+    for name, (their_dtype, channels_last) in their_settings(dtype).items():
+        vae = their_parts(their_dtype, device, channels_last)["vae"]
+        actions[name] = lambda vae=vae, z=z.to(their_dtype): vae.decode(z, return_dict=False)
+    table("decoding, 512x512", in_turns(rounds, **actions))
+
+
+@torch.no_grad()
+def bench_text(dtype: torch.dtype, device: str, rounds: int) -> None:
+    sd = our_model(dtype, device)
+    tokens = sd.tokenizer([PROMPT, ""]).to(device)
+    actions = {"this": lambda: sd.text(tokens)}
+    for name, (their_dtype, channels_last) in their_settings(dtype).items():
+        if not channels_last:
+            actions[name] = lambda text=their_parts(their_dtype, device, False)["text_encoder"]: text(tokens)
+    table("two prompts through the text encoder", in_turns(2 * rounds, **actions), digits=3)
+
+
+def bench_load_and_run(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """Processes of their own: a file of 2.1 GB (fp16) to a ready model, and 3 steps of a 512x512 picture from process start to PNG."""
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    with tempfile.TemporaryDirectory() as tmp:
+        our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
+        write_their_folder(tmp)
+        ours = f"import torch; from sd import *; StableDiffusion.load('{tmp}/sd1.safetensors', '{device}', DTYPES['{name}'])"
+        theirs = (f"import torch; from diffusers import StableDiffusionPipeline as P; "
+                  f"pipe = P.from_pretrained('{tmp}/theirs', torch_dtype=torch.{str(dtype)[6:]}, variant='fp16').to('{device}')")
+        picture = f"; pipe('{PROMPT}', num_inference_steps=3).images[0].save('{tmp}/theirs.png')"
+        command = [sys.executable, HERE / "sd.py", PROMPT, "--ckpt", f"{tmp}/sd1.safetensors", "--steps", "3", "--dtype", name, "--device", device]
+        for title, pair in {"loading 2.1 GB": ([sys.executable, "-c", ours], [sys.executable, "-c", theirs]),
+                            "process start to PNG, 512x512, 3 steps": ([*command, "--out", f"{tmp}/ours.png"], [sys.executable, "-c", theirs + picture])}.items():
+            memory: dict[str, float] = {}
+            processes = {who: (lambda args=args, who=who: memory.update({who: process(args)})) for who, args in zip(("this", f"diffusers, {name}"), pair)}
+            seconds = in_turns(max(1, rounds - 1) if "PNG" in title else rounds, **processes)
+            table(f"{title}, {name}", seconds, more={who: f"(peak memory {gb:.1f} GB) " for who, gb in memory.items()})
+
+
+def process(args: list) -> float:
+    """Run it to its end; its greatest memory in GB."""
+    child = subprocess.Popen(list(map(str, args)), cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    errors = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        sys.exit(f"bench.py: {args[1:3]} failed:\n{errors.decode()[-2000:]}")
+    return usage.ru_maxrss / 1e6
+
+
+def write_their_folder(tmp: str) -> None:
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizerFast
+    ours = StableDiffusion(PRESETS["emoji"]).tokenizer.bpe
+    tokenizer = CLIPTokenizerFast(tokenizer_object=ours, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=77)
+    pipe = StableDiffusionPipeline(**their_parts(torch.float16, "cpu", False), tokenizer=tokenizer, scheduler=DPMSolverMultistepScheduler(),
+                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(f"{tmp}/theirs", variant="fp16")
+
+
+def bench_builtin(dtype: torch.dtype, device: str, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as tmp:
+        seconds = in_turns(rounds + 2, **{
+            "this": lambda: process([sys.executable, HERE / "sd.py", "a red apple", "--out", f"{tmp}/o.png"]),
+            "python -c 'import torch'": lambda: process([sys.executable, "-c", "import torch"])})
+    table("built-in model, process start to PNG", seconds)
+
+
+def bench_train(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """The loop of train.py on the built-in model's UNet, fp32, batches of 32; and with diffusers' UNet of the same shape in its place."""
+    from diffusers import UNet2DConditionModel
+    cfg, batch = PRESETS["emoji"].unet, 32
+    ours = StableDiffusion(PRESETS["emoji"]).unet.to(device)
+    theirs = UNet2DConditionModel(
+        sample_size=8, in_channels=cfg.in_channels, out_channels=cfg.out_channels, block_out_channels=tuple(cfg.model_channels * m for m in cfg.channel_mult),
+        down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.transformer_depth),
+        up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(cfg.transformer_depth)),
+        layers_per_block=cfg.num_res_blocks, attention_head_dim=cfg.num_heads, cross_attention_dim=cfg.context_dim, norm_num_groups=cfg.num_groups,
+        class_embed_type="projection", projection_class_embeddings_input_dim=cfg.adm_in_channels).to(device)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    x0, noise = torch.randn(2, batch, cfg.in_channels, 8, 8, device=device)
+    context, y, t = torch.randn(batch, 16, cfg.context_dim, device=device), torch.randn(batch, cfg.adm_in_channels, device=device), torch.arange(batch, device=device) * 31
+
+    def training_step(unet: torch.nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(unet.parameters(), 1e-4, fused=True)
+
+        def step() -> None:
+            for _ in range(5):
+                with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else torch.no_grad.__new__(torch.enable_grad):
+                    loss = F.mse_loss(call(q_sample(x0, t, noise)), target("v", x0, t, noise))
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        return step
+    table(f"training, 5 steps of {batch} latents 16x8x8, fp32", in_turns(rounds + 2, **{
+        "this": training_step(ours, lambda x: ours(x, t, context, y)),
+        "diffusers' UNet": training_step(theirs, lambda x: theirs(x, t, context, class_labels=y, return_dict=False)[0])}))
+
+
+@torch.no_grad()
+def bench_machine(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """What the machine reaches in one large matrix product and in one of SD 1.x's convolutions."""
+    a = torch.randn(4096, 4096, device=device, dtype=dtype)
+    x, w = torch.randn(2, 640, 64, 64, device=device, dtype=dtype), torch.randn(640, 640, 3, 3, device=device, dtype=dtype)
+    x, w = (z.contiguous(memory_format=torch.channels_last) for z in (x, w))
+    seconds = in_turns(rounds + 2, product=lambda: a @ a, convolution=lambda: F.conv2d(x, w, padding=1))
+    for name, flops in {"product": 2 * 4096**3, "convolution": 2 * x.numel() * 640 * 9}.items():
+        print(f"the machine, {name} in {str(dtype)[6:]}: {flops / min(seconds[name]) / 1e9:.0f} GFLOP/s at best", flush=True)
+
+
+PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text, "load": bench_load_and_run, "builtin": bench_builtin,
+         "train": bench_train}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--dtype", choices=DTYPES, help="default: sd.py's own on this device")
+    parser.add_argument("--device")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part is called {unknown.pop()!r}; there are {', '.join(PARTS)}")
+    device, dtype = best_device_and_dtype(args.device, None if args.dtype is None else DTYPES[args.dtype])
+    print(f"torch {torch.__version__}, {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, capability {torch.backends.cpu.get_cpu_capability()}")
+    for part in args.parts:
+        PARTS[part](dtype, device, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
