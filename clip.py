@@ -6,6 +6,7 @@ the names of transformers' `CLIPTextModel` below `text_model.`, which are those 
 Shapes: B batch, T tokens (77), D width.
 """
 import gzip
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -71,12 +72,25 @@ def load_bpe() -> BPETokenizer:
 
 @dataclass
 class CLIPTextConfig:
-    """The defaults are CLIP ViT-L/14's text side, the encoder of SD 1.x."""
+    """The defaults are CLIP ViT-L/14's text side as SD 1.x uses it."""
     vocab_size: int = 49408
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"    # a row of ACTIVATIONS; OpenCLIP: "gelu"
+    layers_skipped: int = 0           # at the end; 1: the words' vectors are the penultimate layer's (SD 2.x, SDXL)
+    final_norm: bool = True           # of the words' vectors; the pooled one always has it
+    projection: bool = False          # of the pooled vector
+    pad: int = EOS                    # the id after the end: EOS for CLIP, 0 for OpenCLIP
+    openclip: bool = False            # files name the tensors as OpenCLIP does
+    prefix: str = "cond_stage_model.transformer.text_model."  # of their names in single files
+
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+}
 
 
 class CLIPTextModel(nn.Module):
@@ -88,9 +102,25 @@ class CLIPTextModel(nn.Module):
         self.embeddings = CLIPTextEmbeddings(cfg)
         self.encoder = CLIPEncoder(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size)
+        if cfg.projection:
+            self.text_projection = nn.Parameter(torch.randn(cfg.hidden_size, cfg.hidden_size) * cfg.hidden_size**-0.5)
+        if cfg.openclip:
+            self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: from_openclip(state))
+            self.register_state_dict_post_hook(lambda module, state, prefix, _: to_openclip(state))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.final_layer_norm(self.encoder(self.embeddings(tokens)))
+        return self.encode(tokens)[0]
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, T) -> a vector per token (B, T, D), and one for the whole text (B, D)."""
+        x = self.embeddings(tokens)
+        states = [x]
+        for layer in self.encoder.layers:
+            states.append(layer(states[-1]))
+        features = states[-1 - self.cfg.layers_skipped]
+        pooled = self.pool(self.final_layer_norm(states[-1]), tokens)
+        return (self.final_layer_norm(features) if self.cfg.final_norm else features,
+                pooled @ self.text_projection if self.cfg.projection else pooled)
 
     def pool(self, features: Tensor, tokens: Tensor) -> Tensor:
         """The vector at the first end token, which has seen the whole text: (B, T, D), (B, T) -> (B, D)."""
@@ -116,11 +146,6 @@ class CLIPEncoder(nn.Module):
     def __init__(self, cfg: CLIPTextConfig):
         super().__init__()
         self.layers = nn.ModuleList(CLIPEncoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class CLIPEncoderLayer(nn.Module):
@@ -154,9 +179,47 @@ class CLIPAttention(nn.Module):
 class CLIPMLP(nn.Module):
     def __init__(self, cfg: CLIPTextConfig):
         super().__init__()
+        self.act = ACTIVATIONS[cfg.hidden_act]
         self.fc1 = nn.Linear(cfg.hidden_size, 4 * cfg.hidden_size)
         self.fc2 = nn.Linear(4 * cfg.hidden_size, cfg.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.fc1(x)
-        return self.fc2(h * torch.sigmoid(1.702 * h))  # OpenAI's "quick gelu", not the erf one
+        return self.fc2(self.act(self.fc1(x)))
+
+
+OPENCLIP = [  # transformers' names, which the modules above carry, and OpenCLIP's, which SD 2.x and SDXL files hold
+    ("embeddings.token_embedding.", "token_embedding."), ("embeddings.position_embedding.weight", "positional_embedding"),
+    ("encoder.layers.", "transformer.resblocks."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."), (".self_attn.out_proj.", ".attn.out_proj."),
+    (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."), ("final_layer_norm.", "ln_final."),
+]
+
+
+def to_openclip(state: dict[str, Tensor]) -> None:
+    """Rename the tensors in place; query, key and value become one."""
+    for name in list(state):
+        tensor = state.pop(name)
+        if match := re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
+            name = f"transformer.resblocks.{match[1]}.attn.in_proj_{match[3]}"
+            state.setdefault(name, {})[match[2]] = tensor
+        else:
+            for ours, theirs in OPENCLIP:
+                name = name.replace(ours, theirs)
+            state[name] = tensor
+    for name, tensor in state.items():
+        if isinstance(tensor, dict):
+            state[name] = torch.cat([tensor[letter] for letter in "qkv"])
+
+
+def from_openclip(state: dict[str, Tensor]) -> None:
+    """And back; names that are ours already stay."""
+    if "final_layer_norm.weight" in state:
+        return
+    for name in list(state):
+        tensor = state.pop(name)
+        for ours, theirs in OPENCLIP:
+            name = name.replace(theirs, ours)
+        if ".attn.in_proj_" in name:
+            for letter, part in zip("qkv", tensor.chunk(3)):
+                state[name.replace(".attn.in_proj_", f".self_attn.{letter}_proj.")] = part
+        else:
+            state[name] = tensor

@@ -38,6 +38,7 @@ class UNetConfig:
     context_dim: int = 768                               # D
     adm_in_channels: int | None = None                   # width of a vector added to the time embedding; None: no such input
     num_groups: int = 32                                 # of every GroupNorm
+    upcast_attention: bool = False                       # scores in fp32 whatever the weights are: SD 2.x's overflow in fp16
     use_linear: bool = False                             # how files store proj_in/out: Linear (SD2, SDXL) or 1x1 convolution (SD1)
 
 
@@ -166,7 +167,7 @@ class SpatialTransformer(nn.Module):
         self.use_linear = cfg.use_linear
         self.norm = nn.GroupNorm(cfg.num_groups, c, eps=1e-6)  # 1e-5 in the ResBlocks, 1e-6 here
         self.proj_in = nn.Linear(c, c)
-        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(c, heads, cfg.context_dim) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(c, heads, cfg) for _ in range(depth))
         self.proj_out = zero(nn.Linear(c, c))
         self.register_load_state_dict_pre_hook(squeeze_projections)
         self.register_state_dict_post_hook(unsqueeze_projections)
@@ -198,11 +199,11 @@ def unsqueeze_projections(module, state_dict, prefix, _):
 class BasicTransformerBlock(nn.Module):
     """x + self-attention, + cross-attention to the words, + feed-forward, each on a normalised x. (B, T, C) -> (B, T, C)"""
 
-    def __init__(self, dim: int, heads: int, context_dim: int):
+    def __init__(self, dim: int, heads: int, cfg: UNetConfig):
         super().__init__()
-        self.attn1 = CrossAttention(dim, dim, heads)
+        self.attn1 = CrossAttention(dim, dim, heads, cfg.upcast_attention)
         self.ff = FeedForward(dim)
-        self.attn2 = CrossAttention(dim, context_dim, heads)
+        self.attn2 = CrossAttention(dim, cfg.context_dim, heads, cfg.upcast_attention)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -214,9 +215,9 @@ class BasicTransformerBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from x to context; context=None means from x to itself. (B, T, C), (B, T', D) -> (B, T, C)"""
 
-    def __init__(self, query_dim: int, context_dim: int, heads: int):
+    def __init__(self, query_dim: int, context_dim: int, heads: int, upcast: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.upcast = heads, upcast
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)
         self.to_k = nn.Linear(context_dim, query_dim, bias=False)
         self.to_v = nn.Linear(context_dim, query_dim, bias=False)
@@ -227,12 +228,14 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         q = self.split(self.to_q(x))
         k, v = self.keys_and_values(x if context is None else context)
+        if self.upcast:
+            q, k, v = q.float(), k.float(), v.float()
         if self.watch is None:
             h = attention(q, k, v)
         else:
             h, a = attention(q, k, v, return_weights=True)
             self.watch(a)
-        return self.to_out(h.transpose(1, 2).flatten(2))              # 'b h t d -> b t (h d)'
+        return self.to_out(h.to(x.dtype).transpose(1, 2).flatten(2))            # 'b h t d -> b t (h d)'
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)      # 'b t (h d) -> b h t d'

@@ -62,30 +62,40 @@ def target(prediction: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoiser(net: Callable[..., Tensor], prediction: str) -> Callable[..., Tensor]:
-    """The network net(x, t, ...) as denoise(x, sigma, ...)."""
-    def denoise(x: Tensor, sigma: float, **condition: Tensor) -> Tensor:
+    """The network net(x, t, ...) as denoise(x, sigma, ...). `concat` (B, C', H, W) are further input channels, such as a mask."""
+    def denoise(x: Tensor, sigma: float, concat: Tensor | None = None, **condition: Tensor) -> Tensor:
         c_skip, c_out = PREDICTIONS[prediction](sigma)
         t = torch.full((len(x),), sigma_to_t(sigma), device=x.device)
-        return c_skip * x + c_out * net(x / (sigma**2 + 1) ** 0.5, t, **condition).float()
+        scaled = x / (sigma**2 + 1) ** 0.5
+        return c_skip * x + c_out * net(scaled if concat is None else torch.cat([scaled, concat], dim=1), t, **condition).float()
     return denoise
 
 
 def guided(denoise: Callable[..., Tensor], condition: dict[str, Tensor], negative: dict[str, Tensor], scale: float,
            two_passes: bool = False) -> Denoise:
-    """Classifier-free guidance, Ho & Salimans 2022: negative + scale (condition - negative). Scale 1 needs one of them only.
+    """Classifier-free guidance, Ho & Salimans 2022: negative + scale (condition - negative). Scale 1 needs one of them only."""
+    return mixed(denoise, [(1 - scale, negative), (scale, condition)], two_passes)
 
-    Both go through the network as one batch, or with `two_passes` one after the other, in half the memory.
+
+def mixed(denoise: Callable[..., Tensor], weighted: list[tuple[float, dict[str, Tensor]]], one_by_one: bool = False) -> Denoise:
+    """The weighted sum of what the network guesses under several conditions; those of weight 0 are left out.
+
+    All go through it as one batch, or `one_by_one`, in less memory.
     """
-    if scale == 1:
-        return lambda x, sigma: denoise(x, sigma, **condition)
-    if two_passes:
-        return lambda x, sigma: torch.lerp(denoise(x, sigma, **negative), denoise(x, sigma, **condition), scale)
-    both = {name: torch.cat([negative[name], condition[name]]) for name in condition}
+    weights, conditions = zip(*((weight, condition) for weight, condition in weighted if weight != 0))
+    if one_by_one or len(weights) == 1:
+        return lambda x, sigma: sum(weight * denoise(x, sigma, **condition) for weight, condition in zip(weights, conditions))
+    batch = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
 
-    def guided_denoise(x: Tensor, sigma: float) -> Tensor:
-        uncond, cond = denoise(torch.cat([x, x]), sigma, **both).chunk(2)
-        return uncond + scale * (cond - uncond)
-    return guided_denoise
+    def mixed_denoise(x: Tensor, sigma: float) -> Tensor:
+        guesses = denoise(torch.cat([x] * len(weights)), sigma, **batch).chunk(len(weights))
+        return sum(weight * guess for weight, guess in zip(weights, guesses))
+    return mixed_denoise
+
+
+def inpainted(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
+    """Only where mask (B, 1, H, W) is 1 is the guess the network's; elsewhere it is known (B, C, H, W), to which every sampler then goes straight."""
+    return lambda x, sigma: torch.lerp(known, denoise(x, sigma), mask)
 
 
 # --- the samplers ---
@@ -127,6 +137,14 @@ def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Call
         yield Step(i, x, denoised)
 
 
+def sample_lcm(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Iterator[Step]:
+    """Guess, noise the guess anew, guess again. Luo et al. 2023, algorithm 3; their c_skip is below 1e-6 at all times this visits."""
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
+        denoised = denoise(x, sigma)
+        x = denoised + sigma_next * draw() if sigma_next > 0 else denoised
+        yield Step(i, x, denoised)
+
+
 class Sampler(NamedTuple):
     sample: Callable[..., Iterator[Step]]
     spacing: str             # its usual one, a name in SPACINGS
@@ -139,6 +157,7 @@ SAMPLERS = {
     "euler": Sampler(sample_ancestral, "linspace"),
     "euler_a": Sampler(partial(sample_ancestral, eta=1.0), "linspace"),
     "dpmpp_2m": Sampler(sample_dpmpp_2m, "trailing"),
+    "lcm": Sampler(sample_lcm, "lcm"),
 }
 
 
@@ -169,4 +188,11 @@ def karras(n: int, rho: float = 7.0) -> list[float]:
     return [(high + i / max(n - 1, 1) * (low - high)) ** rho for i in range(n)]
 
 
-SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras)}
+def lcm(n: int, distilled: int = 50) -> list[float]:
+    """n of the 50 times 999, 979, ..., 19 that latent consistency models were distilled at, evenly from the top (of n times, if n > 50)."""
+    distilled = max(n, distilled)
+    c = NUM_TIMESTEPS // distilled
+    return [float(SIGMAS[(distilled - i * distilled // n) * c - 1]) for i in range(n)]
+
+
+SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras, lcm)}

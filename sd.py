@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
-from model import UNetConfig, UNetModel, watching, words_kept
-from sampler import SAMPLERS, SPACINGS, Step, denoiser, guided
+from model import UNetConfig, UNetModel, timestep_embedding, watching, words_kept
+from sampler import SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed
 from vae import AutoencoderKL, VAEConfig, decode_tiled
 
 BUILTIN = Path(__file__).parent / "weights" / "emoji.safetensors"
@@ -52,15 +52,37 @@ class Preset:
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: CLIPTextConfig = field(default_factory=CLIPTextConfig)
+    text_2: CLIPTextConfig | None = None  # a second text encoder: its words' vectors are set beside the first's, its pooled vector is used
     prediction: str = "eps"      # what the UNet predicts: a row of sampler.PREDICTIONS
     size: int = 512              # side of the pictures it was trained on
     steps: int = 20
     guidance: float = 7.5
     sampler: str = "dpmpp_2m"
+    spacing: str | None = None   # None: the sampler's own
+    zero_negative: bool = False  # an empty negative prompt is zeros, not the vectors of an empty text
 
 
-PRESETS = {
+SD2_UNET = UNetConfig(num_heads=(5, 10, 20, 20), context_dim=1024, upcast_attention=True, use_linear=True)
+OPENCLIP_H = CLIPTextConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu", layers_skipped=1, projection=True,
+                            pad=0, openclip=True, prefix="cond_stage_model.model.")
+SDXL = Preset(
+    UNetConfig(channel_mult=(1, 2, 4), transformer_depth=(0, 2, 10), transformer_depth_middle=10, num_heads=(5, 10, 20), context_dim=2048,
+               adm_in_channels=2816, use_linear=True),
+    VAEConfig(scale_factor=0.13025),
+    CLIPTextConfig(layers_skipped=1, final_norm=False, prefix="conditioner.embedders.0.transformer.text_model."),
+    CLIPTextConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=20, hidden_act="gelu", layers_skipped=1, final_norm=False, projection=True,
+                   pad=0, openclip=True, prefix="conditioner.embedders.1.model."),
+    size=1024, guidance=5.0, zero_negative=True)
+
+PRESETS = {  # of rows alike in shape, a file is taken for the first with its prediction
     "sd1": Preset(),
+    "sd1-inpaint": Preset(UNetConfig(in_channels=9)),
+    "instruct-pix2pix": Preset(UNetConfig(in_channels=8)),
+    "sd2-base": Preset(SD2_UNET, text=OPENCLIP_H),
+    "sd2": Preset(SD2_UNET, text=OPENCLIP_H, prediction="v", size=768),
+    "sd-turbo": Preset(SD2_UNET, text=OPENCLIP_H, steps=1, guidance=1.0, sampler="euler", spacing="trailing"),
+    "sdxl": SDXL,
+    "sdxl-turbo": replace(SDXL, size=512, steps=1, guidance=1.0, sampler="euler_a", spacing="trailing"),
     "emoji": Preset(  # the built-in model: small, and told the text's pooled vector beside the time, as SDXL is
         UNetConfig(in_channels=16, out_channels=16, model_channels=96, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1),
                    num_heads=(3, 6), context_dim=128, adm_in_channels=128, num_groups=8),
@@ -75,12 +97,12 @@ class StableDiffusion:
 
     def __init__(self, config: Preset):
         self.config = config
-        self.tokenizer = Tokenizer()
-        self.text = CLIPTextModel(config.text)
+        self.encoders = [CLIPTextModel(text) for text in (config.text, config.text_2) if text is not None]
+        self.tokenizers = [Tokenizer(encoder.cfg.pad) for encoder in self.encoders]
+        self.text, self.tokenizer = self.encoders[0], self.tokenizers[0]
         self.unet = UNetModel(config.unet)
         self.vae = AutoencoderKL(config.vae)
-        self.parts = {  # the prefix of each network in official single files
-            "cond_stage_model.transformer.text_model.": self.text,
+        self.parts = {encoder.cfg.prefix: encoder for encoder in self.encoders} | {  # the prefix of each network in official single files
             "first_stage_model.": self.vae,
             "model.diffusion_model.": self.unet,
         }
@@ -145,22 +167,35 @@ class StableDiffusion:
         return self.condition(prompts)["context"]
 
     @torch.no_grad()
-    def condition(self, prompts: list[str]) -> dict[str, Tensor]:
-        """B prompts -> what the UNet is told about them: context (B, 77, D), and y (B, D) if it takes a pooled vector."""
-        tokens = self.tokenizer(prompts).to(self.device)
-        with self.at_work(self.text) as text:
-            context = text(tokens)
+    def condition(self, prompts: list[str], width: int | None = None, height: int | None = None) -> dict[str, Tensor]:
+        """B prompts -> what the UNet is told about them: context (B, 77, D), and y (B, adm_in_channels) if it takes a pooled vector.
+
+        SDXL's y goes on with the picture's size (Podell et al. 2023, section 2.2): original height and width, top and left of the
+        cut, target height and width, each as a timestep embedding. None: the preset's size.
+        """
+        told = []
+        for encoder, tokenizer in zip(self.encoders, self.tokenizers):
+            with self.at_work(encoder):
+                told.append(encoder.encode(tokenizer(prompts).to(self.device)))
+        context, y = torch.cat([features for features, _ in told], dim=-1), told[-1][1]
         if self.config.unet.adm_in_channels is None:
             return {"context": context}
-        return {"context": context, "y": self.text.pool(context, tokens)}
+        if room := self.config.unet.adm_in_channels - y.shape[1]:
+            height, width = (self.config.size if side is None else side for side in (height, width))
+            sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
+            y = torch.cat([y, timestep_embedding(sizes, room // 6).flatten().expand(len(y), -1).to(y)], dim=1)
+        return {"context": context, "y": y}
 
     @torch.no_grad()
     def encode_image(self, images: list[Image.Image], noise: Tensor | None = None) -> Tensor:
         """PIL pictures of one size -> scaled latents (B, Z, h, w): the mode, or a sample if given standard normal `noise`."""
-        x = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
-        x = x.permute(0, 3, 1, 2).float() / 127.5 - 1                              # 'b h w c -> b c h w'
+        return self.encode_pixels(pixels(images), noise)
+
+    @torch.no_grad()
+    def encode_pixels(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The same for pictures (B, 3, H, W) in [-1, 1]. One picture with the noise of several gives several samples."""
         with self.at_work(self.vae) as vae:
-            return vae.encode(x.to(vae.quant_conv.weight), noise).float()           # to the VAE's device and dtype
+            return vae.encode(x.to(vae.quant_conv.weight), noise).float()  # to the VAE's device and dtype
 
     @torch.no_grad()
     def decode_latents(self, z: Tensor) -> list[Image.Image]:
@@ -177,16 +212,18 @@ class StableDiffusion:
     def generate(self, prompt: str, negative_prompt: str = "", width: int | None = None, height: int | None = None,
                  steps: int | None = None, guidance: float | None = None, sampler: str | None = None, seed: int = 0, batch: int = 1,
                  callback: Callable[[Step], None] | None = None, spacing: str | None = None,
-                 init: Image.Image | None = None, strength: float = 0.75) -> list[Image.Image]:
+                 init: Image.Image | None = None, strength: float | None = None, mask: Image.Image | None = None,
+                 image_guidance: float = 1.5) -> list[Image.Image]:
         """`batch` pictures of the prompt, picture i from seed + i. None: the preset's (or sampler's) own default.
 
-        With `init`, starts from that picture, noised to `strength` of the way (SDEdit, Meng et al. 2022): int(steps * strength)
-        steps are run; at 1 nothing of it is left. `callback` is called after each step with a sampler.Step.
+        With `init`, starts from that picture, noised to `strength` of the way (SDEdit, Meng et al. 2022; default 0.75): int(steps * strength)
+        steps are run; at 1 nothing of it is left. With `mask` too, only what is white there is drawn anew (strength: default 1).
+        A model made to change pictures by instruction (InstructPix2Pix, Brooks et al. 2023) sees `init` beside the noise at
+        every step and follows it by `image_guidance`. `callback` is called after each step with a sampler.Step.
         Raises UserError for settings out of range and for NaNs on the way.
         """
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
-        if not 0 < strength <= 1 or (init is not None and int(steps * strength) < 1):
-            raise UserError(f"strength {strength} of {steps} steps: it must lie between {1 / steps:.3g} (one step) and 1")
+        run = self.steps_run(steps, init, mask, strength)
         if batch < 1:
             raise UserError(f"batch must be at least 1, not {batch}")
         if not 0 <= seed < 2**63 - batch:
@@ -201,23 +238,71 @@ class StableDiffusion:
             """Standard normal noise (B, Z, h, w), the same for a seed on every device and in every batch."""
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
 
-        if init is None or strength == 1:
+        if init is not None:
+            init = ImageOps.fit(on_white(init), (width, height), Image.Resampling.LANCZOS)
+        sigmas = sigmas[steps - run:]
+        if run == steps:
             x = draw() * (sigmas[0] ** 2 + 1) ** 0.5  # unit variance when variance preserving
         else:
-            sigmas = sigmas[steps - int(steps * strength):]
-            init = ImageOps.fit(on_white(init), (width, height), Image.Resampling.LANCZOS)
-            x = self.encode_image([init] * batch, draw()) + sigmas[0] * draw()
+            x = self.encode_image([init], draw()) + sigmas[0] * draw()
 
-        condition, negative = ({name: c.expand(batch, *c.shape[1:]) for name, c in self.condition([text]).items()}
-                               for text in (prompt, negative_prompt))
+        weighted = self.told(prompt, negative_prompt, guidance, width, height, batch)
+        if mask is not None:
+            mask = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.NEAREST).point(lambda v: 255 * (v >= 128))
+            mask_pixels = torch.from_numpy(np.array(mask)[None, None] / 255).float()
+            mask_latents = F.interpolate(mask_pixels, shape[1:]).to(self.device)
+        known = self.encode_image([init]) if mask is not None and self.sees == "noise" else None
+        if self.sees == "picture":
+            weighted = with_picture(weighted, self.encode_image([init]).expand(batch, *shape) / self.config.vae.scale_factor, image_guidance)
+        elif self.sees == "mask":
+            left = self.encode_pixels(pixels([init]) * (1 - mask_pixels), draw())
+            concat = torch.cat([mask_latents.expand(batch, -1, -1, -1), left], dim=1)
+            weighted = [(weight, told | {"concat": concat}) for weight, told in weighted]
+
         with self.at_work(self.unet) as unet, words_kept(unet):
-            denoise = guided(denoiser(unet, self.config.prediction), condition, negative, guidance, two_passes=self.lowmem)
+            denoise = mixed(denoiser(unet, self.config.prediction), weighted, one_by_one=self.lowmem)
+            if known is not None:
+                denoise = inpainted(denoise, known, mask_latents)
             for step in sample(denoise, x, sigmas, draw):
                 if not step.x.isfinite().all():
                     raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
                 if callback is not None:
                     callback(step)
-        return self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)  # variance preserving again: ddim ends above 0
+        images = self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)  # variance preserving again: ddim ends above 0
+        return images if mask is None else [Image.composite(image, init, mask) for image in images]  # what was not masked stays as it was, exactly
+
+    def told(self, prompt: str, negative_prompt: str, guidance: float, width: int, height: int, batch: int) -> list[tuple[float, dict[str, Tensor]]]:
+        """The two conditions of classifier-free guidance, for `sampler.mixed`: the negative prompt's and, last, the prompt's."""
+        negative, condition = ({name: c.expand(batch, *c.shape[1:]) for name, c in self.condition([text], width, height).items()}
+                               for text in (negative_prompt, prompt))
+        if self.config.zero_negative and negative_prompt == "":
+            pooled = self.encoders[-1].cfg.hidden_size
+            negative = {"context": negative["context"] * 0, "y": torch.cat([negative["y"][:, :pooled] * 0, negative["y"][:, pooled:]], dim=1)}
+        return [(1 - guidance, negative), (guidance, condition)]
+
+    @property
+    def sees(self) -> str:
+        """What the UNet is given at every step: the "noise" alone, beside it a "picture" (InstructPix2Pix), or a "mask" and the rest of a picture."""
+        z = self.config.vae.z_channels
+        return {z: "noise", 2 * z: "picture", 2 * z + 1: "mask"}[self.config.unet.in_channels]
+
+    def steps_run(self, steps: int, init: Image.Image | None, mask: Image.Image | None, strength: float | None) -> int:
+        """How many of the steps are run: all, but for a picture that is to be changed a little. Raises UserError if they do not go together."""
+        if self.sees != "noise" and init is None:
+            raise UserError("this model changes pictures: give it one with --init")
+        if self.sees == "mask" and mask is None:
+            raise UserError("this model fills in a picture: give --mask, white where --init is to be drawn anew")
+        if mask is not None and (init is None or self.sees == "picture"):
+            raise UserError("a mask goes with --init, and not with models that follow instructions")
+        if mask is not None and mask.size != init.size:
+            raise UserError(f"the mask is {mask.width}x{mask.height}, the picture {init.width}x{init.height}: they must be of one size")
+        if init is None:
+            return steps
+        if strength is None:
+            strength = 0.75 if mask is None and self.sees == "noise" else 1.0
+        if not 0 < strength <= 1 or int(steps * strength) < 1:
+            raise UserError(f"strength {strength} of {steps} steps: it must lie between {1 / steps:.3g} (one step) and 1")
+        return int(steps * strength)
 
     def settings(self, width, height, steps, guidance, sampler, spacing) -> tuple[int, int, int, float, str, str]:
         """Fill in the preset's defaults and check the rest: what a picture is made with."""
@@ -235,10 +320,20 @@ class StableDiffusion:
             raise UserError(f"guidance must be a number, not {guidance}")
         if sampler not in SAMPLERS:
             raise UserError(f"no sampler is called {sampler!r}; there are {', '.join(SAMPLERS)}")
-        spacing = default(spacing, SAMPLERS[sampler].spacing)
+        spacing = default(spacing, default(self.config.spacing, SAMPLERS[sampler].spacing))
         if spacing not in SPACINGS:
             raise UserError(f"no spacing is called {spacing!r}; there are {', '.join(SPACINGS)}")
         return width, height, steps, guidance, sampler, spacing
+
+
+def with_picture(weighted: list[tuple[float, dict[str, Tensor]]], seen: Tensor, image_guidance: float) -> list[tuple[float, dict[str, Tensor]]]:
+    """The three conditions of InstructPix2Pix (Brooks et al. 2023, equation 3): nothing, the picture, the picture and the instruction.
+
+    `seen` (B, Z, h, w) are latents that are not scaled, as it was trained on.
+    """
+    (_, negative), (guidance, condition) = weighted
+    picture, none = {"concat": seen}, {"concat": torch.zeros_like(seen)}
+    return [(1 - image_guidance, negative | none), (image_guidance - guidance, negative | picture), (guidance, condition | picture)]
 
 
 class HeatMaps:
@@ -290,6 +385,12 @@ def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
     return Image.composite(Image.blend(gray, Image.new("RGB", image.size, "red"), 0.6), gray, mask)
 
 
+def pixels(images: list[Image.Image]) -> Tensor:
+    """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
+    x = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
+    return x.permute(0, 3, 1, 2).float() / 127.5 - 1  # 'b h w c -> b c h w'
+
+
 # --- checkpoints ---
 
 IGNORED = re.compile(  # what files hold beside the weights: buffers, training state, another copy
@@ -337,9 +438,9 @@ def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str
     if "config" in metadata:
         try:
             config = json.loads(metadata["config"])
-            parts = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig}
+            parts = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig, "text_2": CLIPTextConfig}
             return Preset(**config | {part: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
-                                      for part, kind in parts.items()})
+                                      for part, kind in parts.items() if config.get(part) is not None})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} has a config in its metadata that does not fit this version: {error}") from error
     unet = "model.diffusion_model."
@@ -401,7 +502,9 @@ def main() -> None:
     parser.add_argument("--height", type=int)
     parser.add_argument("--batch", type=int, default=1, help="number of pictures (default 1)")
     parser.add_argument("--init", metavar="IMG", help="start from this picture, cut to the size, instead of noise")
-    parser.add_argument("--strength", type=float, help="with --init: how much of it to redraw, up to 1 (default 0.75)")
+    parser.add_argument("--strength", type=float, help="with --init: how much of it to redraw, up to 1 (default 0.75; with --mask 1)")
+    parser.add_argument("--mask", metavar="IMG", help="with --init: draw anew only what is white in this picture of the same size")
+    parser.add_argument("--image-guidance", type=float, help="of InstructPix2Pix models: how closely to keep to --init (default 1.5)")
     parser.add_argument("--ckpt", help="an SD 1.x .safetensors or .ckpt, or a file of train.py; default: the built-in model")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on GPUs; on a CPU bf16 if it computes in it, else fp32")
     parser.add_argument("--lowmem", action="store_true", help="less memory, more time: one network on the device at a time, guidance in two passes, decoding in tiles")
@@ -430,14 +533,13 @@ def run(args: argparse.Namespace) -> None:
         (args.prompt + args.negative).encode()
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid UTF-8") from error
-    for option, needs in ("strength", "init"), ("words", "attn"):
+    for option, needs in ("strength", "init"), ("mask", "init"), ("image_guidance", "init"), ("words", "attn"):
         if getattr(args, option) is not None and getattr(args, needs) is None:
-            raise UserError(f"--{option} means nothing without --{needs}: give that too")
-    strength = 0.75 if args.strength is None else args.strength
+            raise UserError(f"--{option.replace('_', '-')} means nothing without --{needs}: give that too")
     name = re.sub(r"\W+", "-", args.prompt).strip("-").encode()[:100].decode(errors="ignore") or "picture"  # file names are limited in bytes
     paths = output_paths("--out", args.out if args.out is not None else name + ".png", ".png", args)
     films = [] if args.film is None else output_paths("--film", args.film, ".gif", args)
-    init = None if args.init is None else read_image(args.init)
+    init, mask = (None if path is None else read_image(path) for path in (args.init, args.mask))
     if args.ckpt is None:
         print("using the built-in model (64x64 emoji). Full size: download v1-5-pruned-emaonly.safetensors of the model "
               "stable-diffusion-v1-5/stable-diffusion-v1-5 and give --ckpt FILE")
@@ -454,15 +556,16 @@ def run(args: argparse.Namespace) -> None:
         if words is not None:
             maps.step(step)
 
-    with (tqdm(total=steps if init is None else int(steps * strength), unit="step", delay=0.1) as bar,  # none before an error
+    with (tqdm(total=sd.steps_run(steps, init, mask, args.strength), unit="step", delay=0.1) as bar,  # none before an error
           nullcontext() if words is None else watching(sd.unet, maps.watch)):
         images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, seed=args.seed, batch=args.batch,
-                             callback=callback, spacing=spacing, init=init, strength=strength)
+                             callback=callback, spacing=spacing, init=init, strength=args.strength, mask=mask,
+                             image_guidance=1.5 if args.image_guidance is None else args.image_guidance)
     for i, (image, path) in enumerate(zip(images, paths)):
         about = (f"{args.prompt}\nNegative prompt: {args.negative}\nSteps: {steps}, Sampler: {sampler}, Schedule type: {spacing}, "
                  f"CFG scale: {guidance}, Seed: {args.seed + i}, Size: {width}x{height}, Model: {Path(args.ckpt or BUILTIN).stem}")
         if init is not None:
-            about += f", Denoising strength: {strength}, Init: {args.init}"
+            about += f", Denoising strength: {args.strength}, Init: {args.init}"
         write(image, path, pnginfo=text_chunk(about))
         print(path)
     for i, path in enumerate(films):

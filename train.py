@@ -155,12 +155,11 @@ class UNetLoss:
         keep = torch.rand(s.batch, generator=g) >= s.caption_dropout
         captions = [self.pictures.caption(int(j), g) if kept else "" for j, kept in zip(i, keep)]
         tokens = self.sd.tokenizer(captions).to(self.device)
-        context = self.sd.text(tokens)
-        y = None if self.sd.config.unet.adm_in_channels is None else self.sd.text.pool(context, tokens)
+        context, y = self.sd.text.encode(tokens)
         u = (torch.rand((), generator=g) + torch.arange(s.batch) / s.batch) % 1  # evenly spread: less noise in the loss
         t = shifted(u, s.time_shift).to(self.device)
         noise = randn()
-        out = self.unet(q_sample(x0, t, noise), t, context, y)
+        out = self.unet(q_sample(x0, t, noise), t, context, None if self.sd.config.unet.adm_in_channels is None else y)
         return F.mse_loss(out.float(), target(self.sd.config.prediction, x0, t, noise))
 
     def before_saving(self) -> None:
