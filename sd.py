@@ -139,6 +139,8 @@ class StableDiffusion:
             weights = part.state_dict()
             part.load_state_dict({name: (weights[name] if read is None else read(prefix + name)).to(home, part_dtype) for name in weights}, assign=True)
             part.eval().requires_grad_(False)
+            if part not in self.encoders:
+                part.to(memory_format=torch.channels_last)  # convolutions like it, and positions become tokens without a copy
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor under its official single-file name."""

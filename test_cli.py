@@ -23,7 +23,7 @@ import train as train_module
 from clip import CLIPTextConfig
 from model import UNetConfig
 from sd import BUILTIN, PRESETS, Preset, StableDiffusion
-from vae import VAEConfig
+from vae import VAEConfig, decode_tiled
 
 HERE = Path(__file__).parent
 DOCS = str(HERE / "docs" / "emoji.png")
@@ -138,6 +138,53 @@ def test_words_and_their_places():
     ids = tokenizer("A  floofycat, cat!!")[0].tolist()
     assert [word for word, _ in words] == ["a", "floofycat", ",", "cat", "!!"]
     assert words[3][1] == [76 - ids[::-1].index(2368)] and len(words[1][1]) > 1 and sum((places for _, places in words), []) == list(range(1, ids.index(49407)))
+
+
+def test_lowmem_draws_the_same(tiny, tmp_path, capsys):
+    """Two passes for one, and one tile for the whole: the same picture to the last rounding."""
+    for name, more in {"plain": [], "lowmem": ["--lowmem"]}.items():
+        assert command(sd_module, capsys, "a cat", "--negative", "a dog", "--batch", 2, "--ckpt", tiny, "--out", tmp_path / f"{name}.png", *more)[0] == 0
+    for seed in (0, 1):
+        plain, lowmem = (np.asarray(Image.open(tmp_path / f"{name}-{seed}.png"), float) for name in ("plain", "lowmem"))
+        assert np.abs(plain - lowmem).max() <= 1 and plain.std() > 1
+
+
+def test_lowmem_takes_its_networks_off_the_device(tiny, monkeypatch):
+    """On the meta device, which computes nothing and holds nothing: each network is there only while it works."""
+    sd, seen = StableDiffusion.load(tiny, lowmem=True), []
+    sd.device = torch.device("meta")
+    for part in sd.parts.values():
+        monkeypatch.setattr(part, "to", lambda device, part=part: seen.append((part, str(device))))
+    with sd.at_work(sd.unet), pytest.raises(RuntimeError):
+        assert seen == [(sd.unet, "meta")]
+        raise RuntimeError
+    assert seen == [(sd.unet, "meta"), (sd.unet, "cpu")]
+
+
+def test_tiles_leave_no_seams():
+    """The built-in VAE, a 512x512 page of its pictures: tiles of a quarter of it, against the whole. `pytest -s` shows the dB."""
+    sd = StableDiffusion.load()
+    with torch.no_grad():
+        z = sd.encode_image([Image.open(DOCS).convert("RGB").crop((0, 0, 512, 512))])
+        whole, tiled = sd.vae.decode(z).clamp(-1, 1), decode_tiled(sd.vae, z, tile=40, overlap=16).clamp(-1, 1)
+    error = (tiled - whole) / 2
+    across = error.diff(dim=-1).abs().mean((0, 1, 2))  # at each column: how much the error changes from this pixel to the next
+    seams = across[[191, 192, 319, 320]]               # the second tile begins at 192, the first ends at 320
+    print(f"tiles of 320x320 against the whole: {-10 * error.square().mean().log10():.1f} dB; change of the error at seams {seams.max():.1e}, on average {across.mean():.1e}")
+    assert error.square().mean() < 1e-4                # 40 dB
+    assert seams.max() < 1 / 255 and seams.max() < 2 * across.mean()
+
+
+def test_keeping_keys_and_values_changes_nothing(tiny, monkeypatch):
+    sd = StableDiffusion.load(tiny)
+    kept = np.asarray(sd.generate("a cat", batch=2)[0])
+    computed = []
+    to_k = next(layer for name, layer in sd.unet.named_modules() if name.endswith("attn2.to_k"))
+    to_k.register_forward_hook(lambda *_: computed.append(1))
+    sd.generate("a cat")
+    assert len(computed) == 1  # for three steps
+    monkeypatch.setattr(sd_module, "words_kept", lambda unet: sd_module.nullcontext())
+    assert np.array_equal(np.asarray(sd.generate("a cat", batch=2)[0]), kept) and len(computed) == 1 + 3
 
 
 def test_init_picture(tiny, tmp_path, capsys):
