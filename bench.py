@@ -14,9 +14,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -184,6 +186,20 @@ def bench_builtin(dtype: torch.dtype, device: str, rounds: int) -> None:
     table("built-in model, process start to PNG", seconds)
 
 
+def bench_share(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """--guided-share: what it saves and what it changes, with the built-in model, eight prompts."""
+    sd, prompts = StableDiffusion.load(None, device, dtype), ["a red apple", "a rocket", "cat face", "a blue car", "a green cat", "a penguin, twemoji",
+                                                              "a golden key", "a pink rocket"]
+
+    def draw(share: float) -> np.ndarray:
+        return np.stack([np.asarray(sd.generate(prompt, guided_share=share)[0]) / 255 for prompt in prompts])
+    shares = {f"--guided-share {share}": share for share in (1.0, 0.75, 0.5, 0.25)}
+    pictures = {name: draw(share) for name, share in shares.items()}
+    whole = pictures["--guided-share 1.0"]
+    decibels = {name: f"({-10 * np.log10(np.square(p - whole).mean((1, 2, 3))).mean():.1f} dB to the first) " for name, p in pictures.items() if p is not whole}
+    table("eight pictures, built-in model", in_turns(rounds, **{name: (lambda share=share: draw(share)) for name, share in shares.items()}), more=decibels)
+
+
 def bench_train(dtype: torch.dtype, device: str, rounds: int) -> None:
     """The loop of train.py on the built-in model's UNet, fp32, batches of 32; and with diffusers' UNet of the same shape in its place."""
     from diffusers import UNet2DConditionModel
@@ -203,15 +219,15 @@ def bench_train(dtype: torch.dtype, device: str, rounds: int) -> None:
         optimizer = torch.optim.AdamW(unet.parameters(), 1e-4, fused=True)
 
         def step() -> None:
-            for _ in range(5):
-                with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else torch.no_grad.__new__(torch.enable_grad):
+            for _ in range(3):
+                with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext():
                     loss = F.mse_loss(call(q_sample(x0, t, noise)), target("v", x0, t, noise))
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
         return step
-    table(f"training, 5 steps of {batch} latents 16x8x8, fp32", in_turns(rounds + 2, **{
+    table(f"training, 3 steps of {batch} latents 16x8x8, fp32", in_turns(rounds + 2, **{
         "this": training_step(ours, lambda x: ours(x, t, context, y)),
         "diffusers' UNet": training_step(theirs, lambda x: theirs(x, t, context, class_labels=y, return_dict=False)[0])}))
 
@@ -228,7 +244,7 @@ def bench_machine(dtype: torch.dtype, device: str, rounds: int) -> None:
 
 
 PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text, "load": bench_load_and_run, "builtin": bench_builtin,
-         "train": bench_train}
+         "share": bench_share, "train": bench_train}
 
 
 def main() -> None:

@@ -215,17 +215,20 @@ class StableDiffusion:
                  steps: int | None = None, guidance: float | None = None, sampler: str | None = None, seed: int = 0, batch: int = 1,
                  callback: Callable[[Step], None] | None = None, spacing: str | None = None,
                  init: Image.Image | None = None, strength: float | None = None, mask: Image.Image | None = None,
-                 image_guidance: float = 1.5) -> list[Image.Image]:
+                 image_guidance: float = 1.5, guided_share: float = 1.0) -> list[Image.Image]:
         """`batch` pictures of the prompt, picture i from seed + i. None: the preset's (or sampler's) own default.
 
         With `init`, starts from that picture, noised to `strength` of the way (SDEdit, Meng et al. 2022; default 0.75): int(steps * strength)
         steps are run; at 1 nothing of it is left. With `mask` too, only what is white there is drawn anew (strength: default 1).
         A model made to change pictures by instruction (InstructPix2Pix, Brooks et al. 2023) sees `init` beside the noise at
-        every step and follows it by `image_guidance`. `callback` is called after each step with a sampler.Step.
+        every step and follows it by `image_guidance`. Only the first `guided_share` of the steps are guided, the others take half the
+        time (after Kynkäänniemi et al. 2024). `callback` is called after each step with a sampler.Step.
         Raises UserError for settings out of range and for NaNs on the way.
         """
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
         run = self.steps_run(steps, init, mask, strength)
+        if not 0 <= guided_share <= 1:
+            raise UserError(f"the guided share of the steps must lie between 0 and 1, not {guided_share}")
         if batch < 1:
             raise UserError(f"batch must be at least 1, not {batch}")
         if not 0 <= seed < 2**63 - batch:
@@ -262,7 +265,10 @@ class StableDiffusion:
             weighted = [(weight, told | {"concat": concat}) for weight, told in weighted]
 
         with self.at_work(self.unet) as unet, words_kept(unet):
-            denoise = mixed(denoiser(unet, self.config.prediction), weighted, one_by_one=self.lowmem)
+            network = denoiser(unet, self.config.prediction)
+            guided, unguided = mixed(network, weighted, one_by_one=self.lowmem), mixed(network, [(1.0, weighted[-1][1])])
+            turn = sigmas[round(guided_share * run)]
+            denoise = lambda x, sigma: guided(x, sigma) if sigma > turn else unguided(x, sigma)  # noqa: E731
             if known is not None:
                 denoise = inpainted(denoise, known, mask_latents)
             for step in sample(denoise, x, sigmas, draw):
@@ -497,6 +503,7 @@ def main() -> None:
     parser.add_argument("--negative", default="", help="what the picture should not be")
     parser.add_argument("--steps", type=int, help="1 to 1000")
     parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt; 1: not beyond the model's own guess, and twice as fast")
+    parser.add_argument("--guided-share", type=float, default=1.0, help="guide only this share of the steps, from the first: 0.5 saves a quarter of the time")
     parser.add_argument("--sampler", help=", ".join(SAMPLERS))
     parser.add_argument("--spacing", help="of the steps' noise levels; default: the sampler's own; " + ", ".join(SPACINGS))
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0); the next has seed + 1")
@@ -562,7 +569,7 @@ def run(args: argparse.Namespace) -> None:
           nullcontext() if words is None else watching(sd.unet, maps.watch)):
         images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, seed=args.seed, batch=args.batch,
                              callback=callback, spacing=spacing, init=init, strength=args.strength, mask=mask,
-                             image_guidance=1.5 if args.image_guidance is None else args.image_guidance)
+                             image_guidance=1.5 if args.image_guidance is None else args.image_guidance, guided_share=args.guided_share)
     for i, (image, path) in enumerate(zip(images, paths)):
         about = (f"{args.prompt}\nNegative prompt: {args.negative}\nSteps: {steps}, Sampler: {sampler}, Schedule type: {spacing}, "
                  f"CFG scale: {guidance}, Seed: {args.seed + i}, Size: {width}x{height}, Model: {Path(args.ckpt or BUILTIN).stem}")
