@@ -39,8 +39,12 @@ def save(image: Image.Image, path: Path) -> None:
     print(f"wrote {path}")
 
 
-def save_gif(frames: list[Image.Image], path: Path, seconds: float = 0.1) -> None:
-    """An endless film, its last frame held for a second."""
+def save_gif(frames: list[Image.Image], path: Path, seconds: float = 0.1, colors: int | None = None) -> None:
+    """An endless film, its last frame held for a second; with `colors`, only so many in all frames together: a smaller file."""
+    if colors is not None:
+        few = frames[::max(1, len(frames) // 6)]
+        palette = Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in few])).quantize(colors, kmeans=3)
+        frames = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     temporary = path.with_name(path.name + ".tmp")
     milliseconds = [int(1000 * seconds)] * (len(frames) - 1) + [1000]
     frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
@@ -50,7 +54,8 @@ def save_gif(frames: list[Image.Image], path: Path, seconds: float = 0.1) -> Non
 
 def sheet(rows: list[list[Image.Image]], across: list[str] = (), down: list[str] = (), side: int = 96) -> Image.Image:
     """Rows of pictures, each scaled to `side` high, with headings `across` above the columns and `down` beside the rows."""
-    top, left = 16 if across else 0, (8 + 6 * max(map(len, down))) if down else 0
+    width = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
+    top, left = 16 if across else 0, 8 + int(max(width(word, font_size=10) for word in down)) if down else 0
     pictures = [[p.convert("RGB").resize((round(side * p.width / p.height), side), Image.Resampling.NEAREST if p.height < side else
                                          Image.Resampling.LANCZOS) for p in row] for row in rows]
     column = max(p.width for row in pictures for p in row) + 2
@@ -63,6 +68,16 @@ def sheet(rows: list[list[Image.Image]], across: list[str] = (), down: list[str]
             pen.text((left - 4, top + i * (side + 2) + side // 2), down[i], "black", anchor="rm", font_size=10)
         for j, picture in enumerate(row):
             page.paste(picture, (left + j * column, top + i * (side + 2)))
+    return page
+
+
+def beside(pages: list[Image.Image], title: str = "") -> Image.Image:
+    """Pictures in a row as they are, their lower edges in line, below a title."""
+    top = 26 if title else 0
+    page = Image.new("RGB", (sum(p.width + 14 for p in pages) - 14, top + max(p.height for p in pages)), "white")
+    ImageDraw.Draw(page).text((page.width // 2, 4), title, "black", anchor="ma", font_size=15)
+    for i, picture in enumerate(pages):
+        page.paste(picture, (sum(p.width + 14 for p in pages[:i]), page.height - picture.height))
     return page
 
 
@@ -79,6 +94,41 @@ def heat(a: np.ndarray, low: float | None = None, high: float | None = None) -> 
     u = np.clip((a - low) / max(high - low, 1e-12), 0, 1)
     stops = np.array([[10, 10, 60], [90, 20, 120], [200, 50, 80], [250, 140, 40], [255, 245, 190]])
     return Image.fromarray(np.uint8(np.stack([np.interp(u, np.linspace(0, 1, 5), stops[:, c]) for c in range(3)], axis=-1)))
+
+
+def grid(a: np.ndarray, across: list[str | Image.Image], down: list[str], title: str = "", cell: int = 30,
+         low: float | None = None, high: float | None = None, mark: list[tuple[int, int]] = ()) -> Image.Image:
+    """A matrix (rows, columns) in the colours of `heat` with its numbers in it; NaN is left white, the cells of `mark` are framed.
+
+    Above the columns stand words, turned upright, or pictures; beside the rows words.
+    """
+    a = np.asarray(a, dtype=np.float64)
+    low, high = np.nanmin(a) if low is None else low, np.nanmax(a) if high is None else high
+    width = ImageDraw.Draw(Image.new("L", (1, 1))).textlength
+    upright = [0 if isinstance(head, Image.Image) else int(width(head, font_size=11)) for head in across]
+    left, top = 8 + int(max(width(word, font_size=11) for word in down)), 24 + (max(upright) if max(upright) else cell)
+    page = Image.new("RGB", (left + cell * a.shape[1] + 1, top + cell * a.shape[0] + 1), "white")
+    pen = ImageDraw.Draw(page)
+    pen.text((left + cell * a.shape[1] // 2, 2), title, "black", anchor="ma", font_size=12)
+    for j, head in enumerate(across):
+        if isinstance(head, Image.Image):
+            page.paste(head.convert("RGB").resize((cell - 2, cell - 2), Image.Resampling.LANCZOS), (left + cell * j + 1, top - cell))
+        else:
+            strip = Image.new("RGB", (upright[j] + 4, 14), "white")
+            ImageDraw.Draw(strip).text((0, 7), head, "black", anchor="lm", font_size=11)
+            page.paste(strip.rotate(90, expand=True), (left + cell * j + cell // 2 - 7, top - upright[j] - 6))
+    for i, word in enumerate(down):
+        pen.text((left - 4, top + cell * i + cell // 2), word, "black", anchor="rm", font_size=11)
+    colors = heat(np.nan_to_num(a), low, high)
+    for i, j in zip(*np.nonzero(~np.isnan(a))):
+        x, y, color = left + cell * int(j), top + cell * int(i), colors.getpixel((int(j), int(i)))
+        pen.rectangle((x, y, x + cell - 1, y + cell - 1), fill=color)
+        if cell >= 24:
+            number = f"{round(a[i, j], 2) + 0.0:.2f}"  # never -0.00
+            pen.text((x + cell // 2, y + cell // 2), number, "black" if sum(color) > 330 else "white", anchor="mm", font_size=10)
+    for i, j in mark:
+        pen.rectangle((left + cell * j, top + cell * i, left + cell * (j + 1) - 1, top + cell * (i + 1) - 1), outline="cyan", width=2)
+    return page
 
 
 class Plot:
