@@ -103,7 +103,7 @@ class CLIPTextModel(nn.Module):
         self.encoder = CLIPEncoder(cfg)
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size)
         if cfg.projection:
-            self.text_projection = nn.Parameter(torch.randn(cfg.hidden_size, cfg.hidden_size) * cfg.hidden_size**-0.5)
+            self.text_projection = nn.Parameter(nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False).weight)
         if cfg.openclip:
             self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: from_openclip(state))
             self.register_state_dict_post_hook(lambda module, state, prefix, _: to_openclip(state))
@@ -133,13 +133,17 @@ class CLIPTextEmbeddings(nn.Module):
 
     def __init__(self, cfg: CLIPTextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.position_embedding = nn.Embedding(cfg.max_position_embeddings, cfg.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        self.token_embedding = embedding(cfg.vocab_size, cfg.hidden_size, std=0.02)
+        self.position_embedding = embedding(cfg.max_position_embeddings, cfg.hidden_size, std=0.01)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]]
+
+
+def embedding(rows: int, width: int, std: float) -> nn.Embedding:
+    """Uniform, not normal: to draw normal numbers on the meta device torch first imports its compiler, which takes over a second."""
+    weight = torch.empty(rows, width).uniform_(-(3**0.5) * std, 3**0.5 * std)
+    return nn.Embedding(rows, width, _weight=weight)
 
 
 class CLIPEncoder(nn.Module):

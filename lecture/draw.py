@@ -42,14 +42,19 @@ def save(image: Image.Image, path: Path) -> None:
 def save_gif(frames: list[Image.Image], path: Path, seconds: float = 0.1, colors: int | None = None) -> None:
     """An endless film, its last frame held for a second; with `colors`, only so many in all frames together: a smaller file."""
     if colors is not None:
-        few = frames[::max(1, len(frames) // 6)]
-        palette = Image.fromarray(np.concatenate([np.asarray(frame.convert("RGB")) for frame in few])).quantize(colors, kmeans=3)
+        palette = palette_of(frames, colors)
         frames = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     temporary = path.with_name(path.name + ".tmp")
     milliseconds = [int(1000 * seconds)] * (len(frames) - 1) + [1000]
     frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     os.replace(temporary, path)
     print(f"wrote {path}")
+
+
+def palette_of(pictures: list[Image.Image], colors: int) -> Image.Image:
+    """The best so many colours for pictures of one size, found on every ninth pixel of some of them; for Image.quantize."""
+    few = [np.asarray(picture.convert("RGB"))[::3, ::3] for picture in pictures[::max(1, len(pictures) // 6)]]
+    return Image.fromarray(np.concatenate(few)).quantize(colors, kmeans=3)
 
 
 def sheet(rows: list[list[Image.Image]], across: list[str] = (), down: list[str] = (), side: int = 96) -> Image.Image:
