@@ -4,7 +4,7 @@
                                                |
     noise (B, Z, h, w) -> sampler( denoise = guided(UNet) ) -> latents -> AutoencoderKL.decode -> picture -> PNG
 
-Read this file first, then model.py (the UNet), sampler.py, clip.py, vae.py; train.py makes the weights.
+Read this file first, then model.py (the UNet), sampler.py, clip.py, vae.py; checkpoint.py reads and writes files and folders, train.py makes the weights.
 
 Shapes: B pictures, 77 tokens, D width of a token's vector, Z latent channels (4 in SD 1.x), H W picture size, h = H/f,
 w = W/f latent size with f = 8. Numbers: sampling runs in fp32 whatever the weights are; noise comes from the CPU.
@@ -13,11 +13,9 @@ import argparse
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -29,21 +27,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, diffusers_name, find, folder_files, open_checkpoint, open_folder,
+                        save_folder, save_tensors, whole)
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from model import UNetConfig, UNetModel, timestep_embedding, watching, words_kept
-from sampler import SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed
+from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed
 from vae import AutoencoderKL, VAEConfig, decode_tiled
 
 BUILTIN = Path(__file__).parent / "weights" / "emoji.safetensors"
-
-
-class UserError(ValueError):
-    """Something only the user can mend, said in one line."""
 
 
 @dataclass
@@ -111,48 +105,94 @@ class StableDiffusion:
 
     @classmethod
     def load(cls, path: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None,
-             lowmem: bool = False) -> "StableDiffusion":
-        """A model from an official single file (.safetensors or .ckpt); None: the built-in one, the best device, its best dtype.
+             lowmem: bool = False, preset: str | None = None, prediction: str | None = None) -> "StableDiffusion":
+        """A model from an official single file (.safetensors or .ckpt), a diffusers folder, or the hub (owner/name); None: the built-in
+        one, the best device, its best dtype.
 
         With `lowmem` each network is on the device only while it works, guidance takes two passes, and the VAE decodes in tiles.
+        `preset` and `prediction` ("eps" or "v") overrule what the file says or its shapes suggest.
         Raises UserError if the file is missing, damaged, or not exactly one of the models in PRESETS.
         """
         device, dtype = best_device_and_dtype(device, dtype)
-        path = BUILTIN if path is None else Path(path)
-        tensors, metadata = open_checkpoint(path)
+        half = dtype == torch.float16
+        path = BUILTIN if path is None else find(path, half)
+        folder = path.is_dir()
+        if folder:
+            tensors, metadata, told = open_folder(path, half)
+        else:
+            tensors, metadata = open_checkpoint(path)
+            told = {} if "config" in metadata else {"prediction": PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type"))}
+        told = {key: value for key, value in told.items() if preset is None and value is not None}
+        if prediction is not None:
+            told["prediction"] = prediction
         shapes = {name: tensor().shape for name, tensor in tensors.items()}
+        config = preset_of(path, shapes, metadata, told, preset)
         with torch.device("meta"):
-            sd = cls(preset_of(path, shapes, metadata))
-        check_names_and_shapes(path, shapes, {name: tensor.shape for name, tensor in sd.state_dict().items()})
+            sd = cls(cut(config) if folder else config)
+        check_names_and_shapes(path, shapes, {name: tensor.shape for name, tensor in sd.state_dict(folder).items()})
         sd.metadata, sd.lowmem = metadata, lowmem
-        sd.place(device, dtype, lambda name: tensors[name]())
+        sd.place(device, dtype, lambda name: tensors[name](), folder)
+        if preset is None and "config" not in metadata and "prediction" not in told and len({row.prediction for row in rows_like(path, shapes)}) > 1:
+            sd.config = preset_of(path, shapes, metadata, {"prediction": sd.probe_prediction()})
         return sd
 
-    def place(self, device: str, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None) -> None:
+    def place(self, device: str, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None, folder: bool = False) -> None:
         """Put the networks on the device (with lowmem, into the CPU's memory) as they work best, their weights those that
-        `read` gives for a name, taken one by one."""
+        `read` gives for a name in the file or folder, taken one by one."""
         self.device = torch.device(device)
         for prefix, part in self.parts.items():
             # fp16's largest number, 65504, is too small for some VAE activations: keep that part in fp32
             part_dtype = torch.float32 if part is self.vae and dtype == torch.float16 else dtype
             home = "cpu" if self.lowmem else device
-            weights = part.state_dict()
-            part.load_state_dict({name: (weights[name] if read is None else read(prefix + name)).to(home, part_dtype) for name in weights}, assign=True)
+            part.load_state_dict({name: (tensor if read is None else read(file_name).reshape(tensor.shape)).to(home, part_dtype)
+                                  for file_name, name, tensor in self.weights(prefix, folder)}, assign=True)
             part.eval().requires_grad_(False)
             if part not in self.encoders:
                 part.to(memory_format=torch.channels_last)  # convolutions like it, and positions become tokens without a copy
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor under its official single-file name."""
-        return {prefix + name: tensor for prefix, part in self.parts.items() for name, tensor in part.state_dict().items()}
+    def weights(self, prefix: str, folder: bool = False) -> Iterator[tuple[str, str, Tensor]]:
+        """The tensors of the network with this prefix: name in an official single file or a diffusers folder, name in the network, tensor."""
+        part = self.parts[prefix]
+        for name, tensor in part.named_parameters() if folder and part in self.encoders else part.state_dict().items():
+            yield diffusers_name(prefix + name, self.config) if folder else prefix + name, name, tensor
+
+    def state_dict(self, folder: bool = False) -> dict[str, Tensor]:
+        """Every tensor under its official single-file name, or that in a diffusers folder."""
+        return {file_name: tensor for prefix in self.parts for file_name, _, tensor in self.weights(prefix, folder)}
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write one .safetensors in official naming, the config in its metadata, whole or not at all."""
-        tensors = {name: t.detach().to("cpu", dtype).contiguous() for name, t in self.state_dict().items()}
-        temporary = Path(f"{path}.tmp")
-        save_file(tensors, temporary, self.metadata | {"config": json.dumps(asdict(self.config))})
-        temporary.chmod(0o644)  # safetensors writes for the owner alone
-        os.replace(temporary, path)
+        """Write what was loaded, whole or not at all, the config in its metadata: to a path that ends in .safetensors one file in
+        official naming, to any other a new diffusers folder. Raises UserError if it cannot be written."""
+        path = Path(path)
+        check_new(path)
+        if path.suffix == ".safetensors":
+            with whole(path) as temporary:
+                save_tensors(self.state_dict(), temporary, dtype, self.metadata | {"config": json.dumps(asdict(self.config))})
+            return
+        with torch.device("meta"):
+            held = StableDiffusion(cut(self.config))
+        tensors = self.state_dict(folder=True)
+        save_folder(path, {name: tensors[name] for name in held.state_dict(folder=True)}, dtype, self.metadata | {"config": json.dumps(asdict(held.config))},
+                    folder_files(held.config, self.pipeline, self.settings(*[None] * 6)[-1], self.tokenizer.bpe))
+
+    @torch.no_grad()
+    def probe_prediction(self) -> str:
+        """"eps" or "v", by the UNet's answer to a constant at the noisiest time (as stable-diffusion.cpp tells them apart). There noise is
+        nearly the input, and the velocity nearly minus the picture."""
+        cfg = self.config.unet
+        y = None if cfg.adm_in_channels is None else torch.full((1, cfg.adm_in_channels), 0.5, device=self.device)
+        with self.at_work(self.unet) as unet:
+            out = unet(torch.full((1, cfg.in_channels, 8, 8), 0.5, device=self.device), torch.tensor([999], device=self.device),
+                       torch.full((1, 2, cfg.context_dim), 0.5, device=self.device), y)
+        return "v" if (out.float() - 0.5).mean() < -1 else "eps"
+
+    @property
+    def pipeline(self) -> str:
+        """diffusers' class for it. Raises UserError for models that none of them draws with."""
+        if self.config.unet.adm_in_channels is not None and self.config.text_2 is None:
+            raise UserError("diffusers has no pipeline for this model, told the pooled vector of one text encoder: save it as .safetensors")
+        kind = {"noise": "", "picture": "InstructPix2Pix", "mask": "Inpaint"}[self.sees]
+        return f"StableDiffusion{'' if self.config.text_2 is None else 'XL'}{kind}Pipeline"
 
     @contextmanager
     def at_work(self, part: nn.Module) -> Iterator[nn.Module]:
@@ -246,17 +286,16 @@ class StableDiffusion:
         if init is not None:
             init = ImageOps.fit(on_white(init), (width, height), Image.Resampling.LANCZOS)
         sigmas = sigmas[steps - run:]
-        if run == steps:
-            x = draw() * (sigmas[0] ** 2 + 1) ** 0.5  # unit variance when variance preserving
-        else:
-            x = self.encode_image([init], draw()) + sigmas[0] * draw()
+        blended = mask is not None and self.sees == "noise"
+        known = self.encode_image([init], draw()) if blended or run < steps else None
+        noise = draw()
+        x = noise * (sigmas[0] ** 2 + 1) ** 0.5 if run == steps else known + sigmas[0] * noise  # unit variance when variance preserving
 
         weighted = self.told(prompt, negative_prompt, guidance, width, height, batch)
         if mask is not None:
             mask = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.NEAREST).point(lambda v: 255 * (v >= 128))
             mask_pixels = torch.from_numpy(np.array(mask)[None, None] / 255).float()
             mask_latents = F.interpolate(mask_pixels, shape[1:]).to(self.device)
-        known = self.encode_image([init]) if mask is not None and self.sees == "noise" else None
         if self.sees == "picture":
             weighted = with_picture(weighted, self.encode_image([init]).expand(batch, *shape) / self.config.vae.scale_factor, image_guidance)
         elif self.sees == "mask":
@@ -269,8 +308,8 @@ class StableDiffusion:
             guided, unguided = mixed(network, weighted, one_by_one=self.lowmem), mixed(network, [(1.0, weighted[-1][1])])
             turn = sigmas[round(guided_share * run)]
             denoise = lambda x, sigma: guided(x, sigma) if sigma > turn else unguided(x, sigma)  # noqa: E731
-            if known is not None:
-                denoise = inpainted(denoise, known, mask_latents)
+            if blended:
+                x, denoise = torch.lerp(known + sigmas[0] * noise, x, mask_latents), inpainted(denoise, known, mask_latents)
             for step in sample(denoise, x, sigmas, draw):
                 if not step.x.isfinite().all():
                     raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
@@ -401,79 +440,56 @@ def pixels(images: list[Image.Image]) -> Tensor:
 
 # --- checkpoints ---
 
-IGNORED = re.compile(  # what files hold beside the weights: buffers, training state, another copy
-    r".*position_ids$|model_ema\.|.*logit_scale$|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar)$")
+def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str], told: dict, name: str | None = None) -> Preset:
+    """The row of PRESETS called `name`; else the config in the metadata; else the row with the same input and text widths, the first that
+    fits what is `told` (see checkpoint.open_folder). What is told of prediction, size and scale then takes the place of the row's own."""
+    if name is not None and name not in PRESETS:
+        raise UserError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
+    rows = [PRESETS[name]] if name is not None else [config_in(path, metadata)] if "config" in metadata else rows_like(path, shapes)
+    for fields in ("prediction", "spacing", "sampler"), ("prediction",), ():
+        if like := [row for row in rows if all(getattr(row, key) == told[key] for key in fields if key in told)]:
+            break
+    preset = deepcopy(like[0])
+    preset.prediction = told.get("prediction", preset.prediction)
+    if isinstance(told.get("sample_size"), int):
+        preset.size = told["sample_size"] * preset.vae.downsampling
+    if told.get("scale_factor") is not None:
+        preset.vae.scale_factor = told["scale_factor"]
+    return preset
 
 
-LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"  # old .ckpt files name this class; nothing of it is needed
-
-
-class Inert:
-    """Stands in for it."""
-
-
-def open_checkpoint(path: Path) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """A file's tensors, by official name, each as a function that reads it, and its metadata.
-
-    The file is memory-mapped, and no code in it is run. Raises UserError if it cannot be read so.
-    """
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give a single .safetensors or .ckpt file")
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
+def config_in(path: Path, metadata: dict[str, str]) -> Preset:
+    """The preset that `StableDiffusion.save` put there."""
     try:
-        if path.suffix == ".safetensors":
-            file = safe_open(path, framework="pt")
-            tensors, metadata = {name: partial(file.get_tensor, name) for name in file.keys()}, file.metadata() or {}
-        elif not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is damaged, or no checkpoint of PyTorch 1.6 or later")
-        else:
-            with torch.serialization.safe_globals([(Inert, LIGHTNING)]):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            state = state.get("state_dict", state)
-            tensors, metadata = {name: partial(state.get, name) for name, value in state.items() if isinstance(value, Tensor)}, {}
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is damaged, or holds more than tensors and could run code: ask for a .safetensors file of it") from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
-        raise UserError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
-    text = "cond_stage_model.transformer."
-    tensors = {re.sub(rf"^{text}(?!text_model\.)", text + "text_model.", name): tensor for name, tensor in tensors.items()}  # old merges lack it
-    return {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}, metadata
+        config = json.loads(metadata["config"])
+        parts = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig, "text_2": CLIPTextConfig}
+        return Preset(**config | {part: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
+                                  for part, kind in parts.items() if config.get(part) is not None})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} has a config in its metadata that does not fit this version: {error}") from error
 
 
-def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str]) -> Preset:
-    """The config in the file's metadata, or else the row of PRESETS with the same input and text widths."""
-    if "config" in metadata:
-        try:
-            config = json.loads(metadata["config"])
-            parts = {"unet": UNetConfig, "vae": VAEConfig, "text": CLIPTextConfig, "text_2": CLIPTextConfig}
-            return Preset(**config | {part: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
-                                      for part, kind in parts.items() if config.get(part) is not None})
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path} has a config in its metadata that does not fit this version: {error}") from error
-    unet = "model.diffusion_model."
-    conv_in = unet + "input_blocks.0.0.weight"
+def rows_like(path: Path, shapes: dict[str, torch.Size]) -> list[Preset]:
+    """The rows of PRESETS with the same input and text widths."""
+    unet = ("model.diffusion_model.", "unet/")
+    conv_in = next((name for name in ("model.diffusion_model.input_blocks.0.0.weight", "unet/conv_in.weight") if name in shapes), None)
     to_k = next((name for name in shapes if name.startswith(unet) and name.endswith("attn2.to_k.weight")), None)
-    if to_k is None or conv_in not in shapes:
-        raise UserError(f"{path} is not a Stable Diffusion single file: it has no UNet under {unet}")
+    if to_k is None or conv_in is None:
+        raise UserError(f"{path} is not a Stable Diffusion checkpoint: it has no UNet under {' or '.join(unet)}")
     widths = shapes[conv_in][1], shapes[to_k][1]
-    for preset in PRESETS.values():
-        if widths == (preset.unet.in_channels, preset.unet.context_dim):
-            return deepcopy(preset)
-    raise UserError(f"{path} is of another family: {widths[0]} input channels and text width {widths[1]}; SD 1.x has 4 and 768")
+    rows = [row for row in PRESETS.values() if widths == (row.unet.in_channels, row.unet.context_dim)]
+    if not rows:
+        known = dict.fromkeys(f"{row.unet.in_channels} and {row.unet.context_dim}" for row in PRESETS.values())
+        raise UserError(f"{path} is of another family: {widths[0]} input channels and text width {widths[1]}; known are {', '.join(known)}")
+    return rows
 
 
-def check_names_and_shapes(path: Path, found: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
-    """Raises UserError naming the first five tensors that are missing, surplus, or of another shape."""
-    problems = {
-        "missing": [name for name in wanted if name not in found],
-        "surplus": [name for name in found if name not in wanted],
-        "of another shape": [f"{name} {list(found[name])} instead of {list(wanted[name])}"
-                             for name in wanted if name in found and found[name] != wanted[name]],
-    }
-    told = [f"{len(names)} {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" for what, names in problems.items() if names]
-    if told:
-        raise UserError(f"{path} does not fit: {'; '.join(told)}")
+def cut(preset: Preset) -> Preset:
+    """As folders hold it: if the words' vectors alone are used, not what comes after them (SD 2.x: its last layer and the projection)."""
+    if preset.text_2 is not None or not preset.text.final_norm:
+        return preset
+    layers = preset.text.num_hidden_layers - preset.text.layers_skipped
+    return replace(preset, text=replace(preset.text, num_hidden_layers=layers, layers_skipped=0, projection=False))
 
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -499,7 +515,7 @@ def best_device_and_dtype(device: str | None, dtype: torch.dtype | None) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a picture of a prompt. What is not given takes the model's own default.")
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", nargs="?", help="may be left out with --save")
     parser.add_argument("--negative", default="", help="what the picture should not be")
     parser.add_argument("--steps", type=int, help="1 to 1000")
     parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt; 1: not beyond the model's own guess, and twice as fast")
@@ -514,7 +530,10 @@ def main() -> None:
     parser.add_argument("--strength", type=float, help="with --init: how much of it to redraw, up to 1 (default 0.75; with --mask 1)")
     parser.add_argument("--mask", metavar="IMG", help="with --init: draw anew only what is white in this picture of the same size")
     parser.add_argument("--image-guidance", type=float, help="of InstructPix2Pix models: how closely to keep to --init (default 1.5)")
-    parser.add_argument("--ckpt", help="an SD 1.x .safetensors or .ckpt, or a file of train.py; default: the built-in model")
+    parser.add_argument("--ckpt", help="a .safetensors or .ckpt, a diffusers folder, or owner/name on the Hugging Face hub; default: the built-in model")
+    parser.add_argument("--preset", help=f"what kind of model it is, if that is guessed wrong: {', '.join(PRESETS)}")
+    parser.add_argument("--prediction", choices=PREDICTIONS, help="what it predicts, if that is guessed wrong")
+    parser.add_argument("--save", metavar="PATH", help="write the model to PATH: a .safetensors, else a diffusers folder (fp16, or as --dtype says)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on GPUs; on a CPU bf16 if it computes in it, else fp32")
     parser.add_argument("--lowmem", action="store_true", help="less memory, more time: one network on the device at a time, guidance in two passes, decoding in tiles")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
@@ -524,8 +543,13 @@ def main() -> None:
     parser.add_argument("--words", help="with --attn: these words of the prompt only, separated by commas")
     args = parser.parse_args()
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
+    if args.prompt is None and args.save is None:
+        parser.error("the following arguments are required: prompt")
     try:
-        run(args)
+        if args.save is not None:
+            save_as(args)
+        if args.prompt is not None:
+            run(args)
     except UserError as error:
         sys.exit(complain(error))
     except torch.OutOfMemoryError:
@@ -535,6 +559,14 @@ def main() -> None:
 def complain(what: object) -> int:
     print(f"sd.py: {what}", file=sys.stderr)
     return 2
+
+
+def save_as(args: argparse.Namespace) -> None:
+    """Read on the CPU, in the precision it is written in."""
+    check_new(Path(args.save))
+    dtype = DTYPES["fp16" if args.dtype is None else args.dtype]
+    StableDiffusion.load(args.ckpt, "cpu", dtype, preset=args.preset, prediction=args.prediction).save(args.save, dtype)
+    print(args.save)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -550,9 +582,8 @@ def run(args: argparse.Namespace) -> None:
     films = [] if args.film is None else output_paths("--film", args.film, ".gif", args)
     init, mask = (None if path is None else read_image(path) for path in (args.init, args.mask))
     if args.ckpt is None:
-        print("using the built-in model (64x64 emoji). Full size: download v1-5-pruned-emaonly.safetensors of the model "
-              "stable-diffusion-v1-5/stable-diffusion-v1-5 and give --ckpt FILE")
-    sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype], args.lowmem)
+        print("using the built-in model (64x64 emoji). Full size, downloaded once: --ckpt stable-diffusion-v1-5/stable-diffusion-v1-5")
+    sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype], args.lowmem, args.preset, args.prediction)
     width, height, steps, guidance, sampler, spacing = sd.settings(
         args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)
     words = None if args.attn is None else chosen_words(sd.tokenizer, args)
@@ -634,13 +665,8 @@ def text_chunk(parameters: str) -> PngImagePlugin.PngInfo:
 
 def write(image: Image.Image, path: Path, **options) -> None:
     """A .png or .gif, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with whole(path) as temporary:
         image.save(temporary, path.suffix[1:].upper(), **options)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sd as sd_module
@@ -247,7 +248,7 @@ def test_official_file_loads_with_its_extras(tiny, tmp_path, suffix):
     extras = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None], "betas": torch.ones(1000),
               "sqrt_recipm1_alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(()), "model_ema.diffusion_modelout2bias": torch.ones(4)}
     path = tmp_path / f"full{suffix}"
-    config = {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]}
+    config = {"config": safe_open(tiny, "pt").metadata()["config"]}
     if suffix == ".safetensors":
         save_file(tensors | extras, path, config)
     else:
@@ -294,7 +295,7 @@ class RunsCode:
 def bad_checkpoints(tiny, folder):
     """name -> words the answer must hold; the files are made in `folder`."""
     good, tensors = tiny.read_bytes(), load_file(tiny)
-    config = {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]}
+    config = {"config": safe_open(tiny, "pt").metadata()["config"]}
     (folder / "truncated.safetensors").write_bytes(good[: len(good) // 2])
     (folder / "garbage.safetensors").write_bytes(bytes(range(256)) * 20)
     (folder / "empty.safetensors").write_bytes(b"")
@@ -308,8 +309,8 @@ def bad_checkpoints(tiny, folder):
     (folder / "oldcode.ckpt").write_bytes(pickle.dumps({"x": RunsCode()}))
     save_file({"encoder.weight": torch.zeros(2)}, folder / "other.safetensors")
     unet = "model.diffusion_model."
-    save_file({unet + "input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3), unet + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 1024)},
-              folder / "sd2.safetensors")
+    save_file({unet + "input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3), unet + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 1152)},
+              folder / "family.safetensors")
     first, *_, last = tensors
     save_file({k: v for k, v in tensors.items() if k not in (first, last)}, folder / "missing.safetensors", config)
     save_file(tensors | {f"extra.{i}": torch.zeros(1) for i in range(7)}, folder / "surplus.safetensors", config)
@@ -318,7 +319,7 @@ def bad_checkpoints(tiny, folder):
     return {
         "none.safetensors": "no such file", "": "folder", "truncated.safetensors": "can be read", "garbage.safetensors": "can be read",
         "empty.safetensors": "can be read", "garbage.ckpt": "damaged", "empty.ckpt": "damaged", "truncated.ckpt": "damaged", "list.ckpt": "can be read",
-        "code.ckpt": "could run code", "oldcode.ckpt": "damaged", "other.safetensors": "not a Stable Diffusion", "sd2.safetensors": "1024.*768",
+        "code.ckpt": "could run code", "oldcode.ckpt": "damaged", "other.safetensors": "not a Stable Diffusion", "family.safetensors": "1152.*4 and 768",
         "missing.safetensors": f"2 missing: {re.escape(first)}, {re.escape(last)}|2 missing: {re.escape(last)}, {re.escape(first)}",
         "surplus.safetensors": r"7 surplus: extra.0, extra.1, extra.2, extra.3, extra.4, \.\.\.", "shape.safetensors": r"\[3, 5\] instead of \[", "config.safetensors": "config",
     }
@@ -362,11 +363,11 @@ def test_nan_is_told_and_never_drawn(tiny, tmp_path, capsys):
     tensors = load_file(tiny)
     tensors["model.diffusion_model.out.2.bias"][0] = torch.nan
     path = tmp_path / "nan.safetensors"
-    save_file(tensors, path, {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]})
+    save_file(tensors, path, {"config": safe_open(tiny, "pt").metadata()["config"]})
     assert "NaN at step 1, try --dtype fp32" in refused(capsys, tmp_path / "o.png", "--ckpt", path)
     tensors["model.diffusion_model.out.2.bias"][0] = 0
     tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
-    save_file(tensors, path, {"config": sd_module.safe_open(tiny, "pt").metadata()["config"]})
+    save_file(tensors, path, {"config": safe_open(tiny, "pt").metadata()["config"]})
     assert "NaN in the decoded picture" in refused(capsys, tmp_path / "o.png", "--ckpt", path)
 
 

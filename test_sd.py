@@ -77,7 +77,8 @@ def on_meta(network, config):
         return network(config)
 
 
-def reference_unet(cfg: UNetConfig, state: dict) -> nn.Module:
+def reference_unet(cfg: UNetConfig, state: dict, **more) -> nn.Module:
+    """`more`: what diffusers calls things, where the usual is not meant."""
     def kinds(side):
         return [("CrossAttn" if depth else "") + side + "Block2D" for depth in cfg.transformer_depth]
     with torch.device("meta"):
@@ -85,7 +86,8 @@ def reference_unet(cfg: UNetConfig, state: dict) -> nn.Module:
             in_channels=cfg.in_channels, out_channels=cfg.out_channels, block_out_channels=[cfg.model_channels * m for m in cfg.channel_mult],
             layers_per_block=cfg.num_res_blocks, down_block_types=kinds("Down"), up_block_types=kinds("Up")[::-1],
             cross_attention_dim=cfg.context_dim, attention_head_dim=cfg.num_heads, norm_num_groups=cfg.num_groups,
-            sample_size=64, class_embed_type=cfg.adm_in_channels and "projection", projection_class_embeddings_input_dim=cfg.adm_in_channels)
+            transformer_layers_per_block=[depth or 1 for depth in cfg.transformer_depth], use_linear_projection=cfg.use_linear, sample_size=64,
+            **dict(class_embed_type=cfg.adm_in_channels and "projection", projection_class_embeddings_input_dim=cfg.adm_in_channels) | more)
     unet.load_state_dict(convert_ldm_unet_checkpoint(state, unet.config), strict=True, assign=True)
     return unet.eval().requires_grad_(False)
 
@@ -157,9 +159,9 @@ def test_names_and_shapes_are_those_of_official_files():
     assert sum(t.numel() for t in state.values()) == 859_520_964 + 83_653_863 + 123_060_480
 
 
-# --- the networks, full size ---
+# --- the networks, full size (SD 2.x and SDXL: test_family.py) ---
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["sd1", "emoji"])
 def test_text_equals_transformers(name):
     text = randomise(on_meta(CLIPTextModel, PRESETS[name].text))
     reference = reference_text(text.cfg, {"cond_stage_model.transformer.text_model." + k: v for k, v in text.state_dict().items()})
@@ -170,7 +172,7 @@ def test_text_equals_transformers(name):
     assert relative_error(text.pool(features, tokens), wanted.pooler_output) < 1e-5
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["sd1", "emoji"])
 def test_unet_equals_diffusers(name):
     """At a usual and an odd size, each row with a time of its own, one of them a fraction."""
     unet = randomise(on_meta(UNetModel, PRESETS[name].unet))
@@ -184,7 +186,7 @@ def test_unet_equals_diffusers(name):
         assert relative_error(unet(x, t, context, y), reference(x, t, context, class_labels=y).sample) < 1e-5
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "emoji"])
 def test_vae_equals_diffusers(name):
     vae = randomise(on_meta(AutoencoderKL, PRESETS[name].vae))
     reference = reference_vae(vae.cfg, {"first_stage_model." + k: v for k, v in vae.state_dict().items()})
