@@ -48,7 +48,7 @@ def main() -> None:
     features = np.stack([feature(on_white(read_image(path))) for path in paths])
     by_caption = {(HERE / "train" / f"{name}.{style}.txt"): (name, style) for name, style in known}
     by_caption = {path.read_text().split("\n")[0]: key for path, key in by_caption.items() if path.exists()}
-    captions = random.Random(0).sample(json.loads(sd.metadata["captions"]), args.n)
+    captions = random.Random(0).sample([c for c in json.loads(sd.metadata["captions"]) if c in by_caption], args.n)
     top1 = top5 = styles = 0
     for i, caption in enumerate(tqdm(captions)):
         drawn = feature(sd.generate(caption, seed=i, **settings)[0])
