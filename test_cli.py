@@ -353,7 +353,7 @@ def test_strength_too_low_for_the_steps(tiny, tmp_path, capsys):
     assert "0.1 of 3 steps" in refused(capsys, tmp_path / "o.png", "--ckpt", tiny, "--init", tmp_path / "i.png", "--strength", "0.1")
 
 
-@pytest.mark.parametrize("out", ["n" * 250 + ".png", "nowhere/o.png", "o.txt", "", "/proc/o.png", f"{__file__}/o.png"])
+@pytest.mark.parametrize("out", ["n" * 250 + ".png", "nowhere/o.png", "o.txt", "", "/proc/sys/o.png", f"{__file__}/o.png"])
 def test_bad_output_paths(tiny, tmp_path, capsys, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     assert re.search("cannot write|must end in .png", refused(capsys, out, "--ckpt", tiny))

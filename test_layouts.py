@@ -32,6 +32,7 @@ from torch import nn
 import sd as sd_module
 from checkpoint import diffusers_name, find, in_folder, needed
 from clip import MERGES
+from sampler import ALPHAS_CUMPROD
 from sd import PRESETS, StableDiffusion, UserError, cut
 from test_cli import command, refused, signals_as_they_were  # noqa: F401
 from test_family import pair, photograph, small
@@ -225,7 +226,7 @@ def test_what_a_folder_says_is_taken(rows, tmp_path):
     change("vae/config.json", scaling_factor=0.5)
     config = StableDiffusion.load(folder, "cpu", torch.float32).config
     assert (config.prediction, config.size, config.vae.scale_factor, config.steps) == ("v", 96, 0.5, 20)
-    assert PRESETS["sdxl"].vae.scale_factor == 0.13025  # the table is not touched
+    assert (sd_module.PRESETS["sdxl"].size, sd_module.PRESETS["sdxl"].vae.scale_factor) == (64, 0.13025)  # the table is not touched
     config = StableDiffusion.load(folder, "cpu", torch.float32, preset="sdxl-turbo").config
     assert (config.prediction, config.size, config.steps) == ("eps", 64, 1)
     change("scheduler/scheduler_config.json", prediction_type="sample")
@@ -283,6 +284,9 @@ def test_written_folders_open_in_diffusers(rows, tmp_path, name):
     assert [file.name for file in tmp_path.iterdir()] == ["f"]
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "f", local_files_only=True)
     assert type(pipe) is PIPELINES[name]
+    found = pipe.vae.config.scaling_factor, pipe.text_encoder.config.hidden_act, pipe.unet.config.upcast_attention  # which hardly show in a random model's pictures
+    assert found == {"sd2-base": (0.18215, "gelu", True), "sdxl": (0.13025, "quick_gelu", False)}.get(FAMILIES[name][0], (0.18215, "quick_gelu", False))
+    assert torch.allclose(pipe.scheduler.alphas_cumprod.double(), ALPHAS_CUMPROD, rtol=1e-5) and pipe.scheduler.config.steps_offset == 1
     for n in ("", "_2") if name.startswith("sdxl") else ("",):
         prompts = [prompt for prompt in awkward_prompts() if n == "" and not sd.config.text.openclip or "!" not in prompt]  # as a pad, "!" is id 0 to transformers
         theirs = getattr(pipe, "tokenizer" + n)(prompts, padding="max_length", max_length=77, truncation=True).input_ids

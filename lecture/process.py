@@ -11,6 +11,7 @@ The lecture's slides: the film of a generation, fewer steps, img2img, the video 
     python lecture/process.py --prompt "cat face" --to "dog face" --init my_picture.png
     python lecture/process.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "a castle" --to "a sand castle"
 """
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 
@@ -143,10 +144,10 @@ def show_guidance(args: Namespace, sd: StableDiffusion, scales: tuple[float, ...
 
 def slerp(a: Tensor, b: Tensor, u: float) -> Tensor:
     """From a (u = 0) to b (u = 1) on the arc between them: halfway noises are as strong as noise is; those of a straight line are not."""
-    w = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-    if w.sin() < 1e-4:  # one direction: no arc
+    w = math.acos(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0).clamp(-1, 1))
+    if math.sin(w) < 1e-4:  # one direction: no arc
         return torch.lerp(a, b, u)
-    return ((1 - u) * w).sin() / w.sin() * a + (u * w).sin() / w.sin() * b
+    return math.sin((1 - u) * w) / math.sin(w) * a + math.sin(u * w) / math.sin(w) * b
 
 
 def between(sd: StableDiffusion, prompts: tuple[str, str], seeds: tuple[int, int], us: list[float], steps: int) -> list[Image.Image]:

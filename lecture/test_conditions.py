@@ -102,6 +102,8 @@ def test_the_order_of_a_set_is_nothing_and_its_words_are_not(net):
     out = net["unet"](x, t, net["embed"](ids))
     turned = net["unet"](x, t, net["embed"](ids[:, [2, 0, 3, 1]]))
     torch.testing.assert_close(turned, out, atol=1e-5 * float(out.abs().max()), rtol=0)
+    made, turned = (conditions.sample(net, some, 2, steps=2) for some in (ids, ids[:, [2, 0, 3, 1]]))
+    torch.testing.assert_close(turned, made, atol=1e-5, rtol=0)
     for k, (a, b) in enumerate(conditions.spans(SHAPES)):
         other = ids.clone()
         other[:, k] = torch.where(ids[:, k] == a, b - 1, a)
