@@ -31,6 +31,7 @@ SHAPES = [["red", "green", "blue", "yellow"], ["circle", "square", "triangle"], 
 RGB = {"red": (215, 35, 35), "green": (25, 150, 60), "blue": (45, 85, 220), "yellow": (240, 190, 0)}
 UNSEEN = "yellow triangle"  # no picture of one is trained on, only yellow others and other triangles
 SCALES = [0, 0.5, 1, 2, 4, 8]
+SIDE = 52  # of a picture on the sheet
 
 
 # --- words and pictures ---
@@ -98,8 +99,9 @@ def pixels(pages: list[Image.Image]) -> Tensor:
 
 
 def pictures(x: Tensor) -> list[Image.Image]:
-    """(n, C, 16, 16) in [-1, 1] -> n pictures"""
-    return [Image.fromarray(array) for array in (x * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()]
+    """(n, C, 16, 16) in [-1, 1] -> n pictures, enlarged"""
+    arrays = (x * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
+    return [Image.fromarray(array).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for array in arrays]
 
 
 # --- training and sampling ---
@@ -207,7 +209,8 @@ def sets_table(net: nn.ModuleDict, judge: nn.Module, texts: list[str], n: int) -
         ids = ids_of(text, SHAPES).expand(n, -1)
         plain, made = sample(net, ids, 1), sample(net, ids, 2)
         share, never = accuracy(judge, made, ids, SHAPES), " (never seen)" if set(UNSEEN.split()) <= set(text.split()) else ""
-        print(f"      {accuracy(judge, plain, ids, SHAPES):6.1%} {share:6.1%}  {text or '(nothing told)'}{never}", flush=True)
+        if text:
+            print(f"      {accuracy(judge, plain, ids, SHAPES):6.1%} {share:6.1%}  {text}{never}", flush=True)
         rows.append(pictures(made[:10]))
         names.append(f"{text}{never}: {share:.0%}" if text else "nothing told")
     return rows, names
@@ -227,7 +230,7 @@ def stack(parts: list[tuple[str, Image.Image]]) -> Image.Image:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # layers this small gain little from a second thread, and lose much if it has to wait for a busy core
     ids_of(args.ask, SHAPES)
-    steps, n, n_drawn, judging = (4, 10, 100, 4) if args.quick else (500, 400, 4000, 300)
+    steps, n, n_drawn, judging = (4, 10, 100, 4) if args.quick else (450, 300, 3000, 300)
 
     x, ids = draw_digits(n_drawn, seed=0)
     fresh, asked = draw_digits(n, seed=1)
@@ -236,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     net, loss = train(x, ids, DIGITS, steps)
     print(f"class labels: trained for {steps} steps, loss {loss:.3f}; {n} pictures at each scale, from the same noise")
     rows, names = guidance_table(net, judge, fresh, asked)
-    shuffle_test(judge, x, ids, asked[:n // 2], max(1, steps * 3 // 10))
+    shuffle_test(judge, x, ids, asked[:n * 2 // 3], max(1, steps // 4))
 
     x, ids = draw_shapes(n_drawn, seed=0, without=UNSEEN)
     judge = train_judge(*draw_shapes(n_drawn, seed=2), SHAPES, judging)  # it has to know what the network has never seen
@@ -244,16 +247,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"{n_drawn} pictures of shapes drawn, none of a {UNSEEN}; the judge gets all four words of {right:.1%} of {n} others", flush=True)
     net, loss = train(x, ids, SHAPES, steps)
     print(f"attribute sets: trained for {steps} steps, loss {loss:.3f}; {n // 4} pictures of each set of words")
-    texts = ["", "blue", "blue square", "small blue square", "small hollow blue square", "large filled yellow triangle", args.ask]
+    texts = ["", "blue", "blue square", "small hollow blue square", "large filled yellow triangle", args.ask]
     more_rows, more_names = sets_table(net, judge, texts, n // 4)
     one, other = ids_of("small hollow blue square", SHAPES), ids_of("small hollow red square", SHAPES)
     made, turned, changed = (sample(net, some, 1) for some in (one, one.flip(1), other))
     print("small hollow blue square, its words in another order: "
           f"a pixel changes by {(made - turned).abs().max():.0e} at most; with red for blue: by {(made - changed).abs().max():.1f}")
 
-    page = stack([("class labels: what was asked for (across), at several guidance scales (down)", sheet(rows, DIGITS[0], names, 64)),
-                  ("sets of attributes: ten pictures of each, at guidance 2; what is not told is free", sheet(more_rows, (), more_names, 64))])
-    save(page.quantize(palette=palette_of([page], 128), dither=Image.Dither.NONE), args.out / "conditions.png")
+    page = stack([("class labels: what was asked for (across), at several guidance scales (down)", sheet(rows, DIGITS[0], names, SIDE)),
+                  ("sets of attributes: ten pictures of each, at guidance 2; what is not told is free", sheet(more_rows, (), more_names, SIDE))])
+    save(page.quantize(palette=palette_of([page], 64), dither=Image.Dither.NONE), args.out / "conditions.png")
 
 
 

@@ -78,9 +78,14 @@ def test_what_is_never_to_be_seen_is_not_drawn_and_its_words_are():
     assert len(ids.unique(dim=0)) > 40  # of 48
 
 
-def test_pictures_and_pixels_undo_each_other():
-    page = Image.effect_noise((16, 16), 60).convert("RGB")
-    assert conditions.pictures(conditions.pixels([page]))[0].tobytes() == page.tobytes()
+def test_pixels_are_the_picture_on_a_scale_from_black_to_white():
+    page = Image.new("RGB", (64, 64), "white")
+    page.paste((255, 0, 51), (0, 0, 32, 16))
+    x = conditions.pixels([page])
+    assert x.shape == (1, 3, 16, 16) and (x[0, :, 4:] == 1).all() and (x[0, :, :, 8:] == 1).all()
+    torch.testing.assert_close(x[0, :, :4, :8], torch.tensor([1, -1, -0.6])[:, None, None].expand(3, 4, 8))
+    back = conditions.pictures(x)[0]
+    assert back.size == (conditions.SIDE,) * 2 and back.getpixel((2, 2)) == (255, 0, 51) and back.getpixel((45, 45)) == (255, 255, 255)
 
 
 # --- conditions ---
