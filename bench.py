@@ -1,7 +1,7 @@
 """How fast is this beside diffusers on the same machine, and beside what the machine can do?
 
-    pip install -r requirements.txt -r requirements-test.txt && python bench.py        all tables, as they stand in README.md
-    python bench.py step vae                                                           only these; see PARTS at the end
+    pip install -r requirements.txt -r requirements-test.txt && python bench.py        all tables
+    python bench.py step vae          only these; see PARTS at the end
 
 Weights are random, in the shapes of SD 1.x; random weights cost what trained ones do. Everything is timed in turns (ours, theirs,
 ours, theirs, ...), and the figures are medians over the turns; ratios are medians of the ratios within a turn, so that
