@@ -4,10 +4,10 @@
                 per attribute, as many as apply. In place of the text encoder stands a table with a row per word, trained with the UNet
     not told    one row more: it pads the sets, and learns by words being left out in training       Ho & Salimans 2022, algorithm 1
     guidance    D = D(x, not told) + scale (D(x, told) - D(x, not told)), D the guess of the picture     their equation 6, w = scale - 1
-A set's vectors have no places, and attention sums over them: their order is nothing. A label is a set of one: all attention goes to it, at every
-pixel, so that it is one vector added everywhere. The network must use it because the pictures alone do not tell; whether it does, a loss that
-falls does not tell either. The lecture's companion code (DiffusionFromScratch, StableDiff_toy_celebA.py) never fills in its table of CelebA
-attributes, all are 40, the padding, and it trains all the same. The test that finds it: train with the labels shuffled. What acts, suffers.
+The vectors of a set carry no place and attention sums over them, so their order means nothing. A label is a set of one: its weight is 1 at every
+pixel and in every head, and so the same vector is added everywhere. Whether the condition acts at all, a falling loss does not tell: the lecture's
+companion code (DiffusionFromScratch, StableDiff_toy_celebA.py) never fills in its table of CelebA attributes, all are 40, the padding, and it
+trains. What tells is to train with shuffled labels as well: if that is no worse, the labels do nothing.
 
     python lecture/conditions.py
     python lecture/conditions.py --ask "large hollow"
@@ -63,8 +63,8 @@ def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor]:
     fonts = [ImageFont.load_default(size) for size in range(40, 64, 4)]
     pages = []
     for i in range(n):
-        page, s = Image.new("L", (64, 64), "white"), rng.uniform(-0.3, 0.3)
-        place = tuple(32 + rng.uniform(-4, 4, 2))
+        page, s = Image.new("L", (64, 64), "white"), rng.uniform(-0.25, 0.25)
+        place = tuple(32 + rng.uniform(-3, 3, 2))
         ImageDraw.Draw(page).text(place, str(i % 10), "black", fonts[rng.integers(6)], "mm", stroke_width=int(rng.integers(3)))
         pages.append(page.transform(page.size, Image.Transform.AFFINE, (1, s, -32 * s, 0, 1, 0), Image.Resampling.BILINEAR, fillcolor="white"))
     return pixels(pages), torch.arange(n)[:, None] % 10
@@ -115,7 +115,7 @@ def leave_out(ids: Tensor, nothing: int) -> Tensor:
 def train(x: Tensor, ids: Tensor, kinds: list[list[str]], steps: int, batch: int = 32, lr: float = 4e-3) -> tuple[nn.ModuleDict, float]:
     """Pictures (n, C, H, W) and ids (n, T) -> a table of vectors with the UNet that looks into it, and the loss of the last quarter."""
     torch.manual_seed(0)
-    x, nothing = F.pixel_unshuffle(x, 2), sum(map(len, kinds))  # squares of 2x2 pixels as channels: four times as fast
+    x, nothing = F.pixel_unshuffle(x, 2), sum(map(len, kinds))  # squares of 2x2 pixels as channels: a quarter of the places
     unet = UNetConfig(x.shape[1], x.shape[1], 32, (1, 1), 1, transformer_depth=(0, 1), num_heads=(4, 4), context_dim=32, num_groups=8)
     net = nn.ModuleDict({"embed": nn.Embedding(nothing + 1, 32), "unet": UNetModel(unet)})
     optimizer, losses = torch.optim.AdamW(net.parameters(), lr, betas=(0.9, 0.99), fused=True), []
@@ -181,11 +181,12 @@ def accuracy(judge: nn.Module, x: Tensor, ids: Tensor, kinds: list[list[str]]) -
 def guidance_table(net: nn.ModuleDict, judge: nn.Module, drawn: Tensor, ids: Tensor) -> tuple[list[list[Image.Image]], list[str]]:
     """Digits as `ids` (n, 1) ask at every scale, and what the judge makes of them: ten of each in a row, the drawn ones first."""
     rows, names = [pictures(drawn[:10])], ["drawn by the script"]
-    print("  guidance   right   ink (drawn pictures: 1.00)")
+    print("  guidance   right (standard error)   ink (drawn pictures: 1.00)")
     for scale in SCALES:
         made = sample(net, ids, scale)
         share = accuracy(judge, made, ids, DIGITS)
-        print(f"  {scale:<8}  {share:6.1%}   {(1 - made).mean() / (1 - drawn).mean():.2f}", flush=True)
+        error = (share * (1 - share) / len(ids)) ** 0.5
+        print(f"  {scale:<8}  {share:6.1%} ({error:.1%})             {(1 - made).mean() / (1 - drawn).mean():.2f}", flush=True)
         rows.append(pictures(made[:10]))
         names.append(f"guidance {scale}: {share:.0%} right")
     return rows, names
@@ -228,9 +229,10 @@ def stack(parts: list[tuple[str, Image.Image]]) -> Image.Image:
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)  # layers this small gain little from a second thread, and lose much if it has to wait for a busy core
-    ids_of(args.ask, SHAPES)
-    steps, n, n_drawn, judging = (4, 10, 100, 4) if args.quick else (450, 300, 3000, 300)
+    torch.set_num_threads(1)  # with layers this small, a second thread that has to wait for a busy core makes a step several times slower
+    ask = " ".join(dict.fromkeys(args.ask.lower().split()))
+    ids_of(ask, SHAPES)  # said before minutes of training, not after
+    steps, n, n_drawn, judging = (4, 10, 100, 4) if args.quick else (500, 300, 3000, 250)
 
     x, ids = draw_digits(n_drawn, seed=0)
     fresh, asked = draw_digits(n, seed=1)
@@ -247,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"{n_drawn} pictures of shapes drawn, none of a {UNSEEN}; the judge gets all four words of {right:.1%} of {n} others", flush=True)
     net, loss = train(x, ids, SHAPES, steps)
     print(f"attribute sets: trained for {steps} steps, loss {loss:.3f}; {n // 4} pictures of each set of words")
-    texts = ["", "blue", "blue square", "small hollow blue square", "large filled yellow triangle", args.ask]
+    texts = ["", "blue", "blue square", "small hollow blue square", "large filled yellow triangle", ask]
     more_rows, more_names = sets_table(net, judge, texts, n // 4)
     one, other = ids_of("small hollow blue square", SHAPES), ids_of("small hollow red square", SHAPES)
     made, turned, changed = (sample(net, some, 1) for some in (one, one.flip(1), other))
@@ -257,7 +259,6 @@ def main(args: argparse.Namespace) -> None:
     page = stack([("class labels: what was asked for (across), at several guidance scales (down)", sheet(rows, DIGITS[0], names, SIDE)),
                   ("sets of attributes: ten pictures of each, at guidance 2; what is not told is free", sheet(more_rows, (), more_names, SIDE))])
     save(page.quantize(palette=palette_of([page], 64), dither=Image.Dither.NONE), args.out / "conditions.png")
-
 
 
 if __name__ == "__main__":

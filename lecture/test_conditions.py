@@ -194,7 +194,8 @@ def test_the_judge_learns_drawn_digits():
 # --- the script ---
 
 def test_the_script_runs(tmp_path):
-    done = subprocess.run([sys.executable, conditions.__file__, "--quick", "--ask", "large hollow", "--out", tmp_path], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, conditions.__file__, "--quick", "--ask", "large hollow", "--out", tmp_path],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "large hollow" in done.stdout and "do the labels act?" in done.stdout
     assert Image.open(tmp_path / "conditions.png").width <= 900
