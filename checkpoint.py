@@ -247,6 +247,14 @@ def whole(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
+def make_folder(path: Path) -> None:
+    """Raises UserError if it cannot be made; one that is there already will do."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error}") from error
+
+
 def check_new(path: Path) -> None:
     """Raises UserError if `StableDiffusion.save` could not write there: files are replaced, folders are not."""
     if path.is_dir() or (path.exists() and path.suffix != ".safetensors") or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

@@ -98,6 +98,11 @@ def inpainted(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
     return lambda x, sigma: torch.lerp(known, denoise(x, sigma), mask)
 
 
+def until(turn: float, early: Denoise, late: Denoise) -> Denoise:
+    """`early` at noise levels above `turn`, from there on `late`."""
+    return lambda x, sigma: early(x, sigma) if sigma > turn else late(x, sigma)
+
+
 # --- the samplers ---
 
 class Step(NamedTuple):
@@ -194,3 +199,10 @@ def lcm(n: int) -> list[float]:
 
 
 SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras, lcm)}
+
+
+def schedule(sampler: str, steps: int, spacing: str | None = None) -> list[float]:
+    """The noise levels of a run: `steps` of them, by the spacing (None: the sampler's own), then the one it ends at."""
+    _, usual, last = SAMPLERS[sampler]
+    sigmas = SPACINGS[usual if spacing is None else spacing](steps)
+    return sigmas + [last if last < 0.999 * sigmas[-1] else 0.0]  # a spacing may already go down to `last`

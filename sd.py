@@ -30,11 +30,11 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, diffusers_name, find, folder_files, open_checkpoint, open_folder,
+from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, diffusers_name, find, folder_files, make_folder, open_checkpoint, open_folder,
                         save_folder, save_tensors, whole)
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
 from model import UNetConfig, UNetModel, timestep_embedding, watching, words_kept
-from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed
+from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed, schedule, until
 from vae import AutoencoderKL, VAEConfig, decode_tiled
 
 BUILTIN = Path(__file__).parent / "weights" / "emoji.safetensors"
@@ -273,9 +273,6 @@ class StableDiffusion:
             raise UserError(f"batch must be at least 1, not {batch}")
         if not 0 <= seed < 2**63 - batch:
             raise UserError(f"the seed must lie between 0 and 2^63, not {seed}")
-        sample, _, last = SAMPLERS[sampler]
-        sigmas = SPACINGS[spacing](steps)
-        sigmas.append(last if last < 0.999 * sigmas[-1] else 0.0)  # a spacing may already go down to `last`
         shape = (self.config.vae.z_channels, height // self.config.vae.downsampling, width // self.config.vae.downsampling)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
 
@@ -285,7 +282,7 @@ class StableDiffusion:
 
         if init is not None:
             init = ImageOps.fit(on_white(init), (width, height), Image.Resampling.LANCZOS)
-        sigmas = sigmas[steps - run:]
+        sigmas = schedule(sampler, steps, spacing)[steps - run:]
         blended = mask is not None and self.sees == "noise"
         known = self.encode_image([init], draw()) if blended or run < steps else None
         noise = draw()
@@ -305,12 +302,10 @@ class StableDiffusion:
 
         with self.at_work(self.unet) as unet, words_kept(unet):
             network = denoiser(unet, self.config.prediction)
-            guided, unguided = mixed(network, weighted, one_by_one=self.lowmem), mixed(network, [(1.0, weighted[-1][1])])
-            turn = sigmas[round(guided_share * run)]
-            denoise = lambda x, sigma: guided(x, sigma) if sigma > turn else unguided(x, sigma)  # noqa: E731
+            denoise = until(sigmas[round(guided_share * run)], mixed(network, weighted, one_by_one=self.lowmem), mixed(network, [(1.0, weighted[-1][1])]))
             if blended:
                 x, denoise = torch.lerp(known + sigmas[0] * noise, x, mask_latents), inpainted(denoise, known, mask_latents)
-            for step in sample(denoise, x, sigmas, draw):
+            for step in SAMPLERS[sampler].sample(denoise, x, sigmas, draw):
                 if not step.x.isfinite().all():
                     raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
                 if callback is not None:
@@ -346,10 +341,14 @@ class StableDiffusion:
         if init is None:
             return steps
         if strength is None:
-            strength = 0.75 if mask is None and self.sees == "noise" else 1.0
+            strength = self.usual_strength(mask)
         if not 0 < strength <= 1 or int(steps * strength) < 1:
             raise UserError(f"strength {strength} of {steps} steps: it must lie between {1 / steps:.3g} (one step) and 1")
         return int(steps * strength)
+
+    def usual_strength(self, mask: Image.Image | None) -> float:
+        """How much of a picture is redrawn unless asked otherwise."""
+        return 0.75 if mask is None and self.sees == "noise" else 1.0
 
     def settings(self, width, height, steps, guidance, sampler, spacing) -> tuple[int, int, int, float, str, str]:
         """Fill in the preset's defaults and check the rest: what a picture is made with."""
@@ -605,18 +604,18 @@ def run(args: argparse.Namespace) -> None:
         about = (f"{args.prompt}\nNegative prompt: {args.negative}\nSteps: {steps}, Sampler: {sampler}, Schedule type: {spacing}, "
                  f"CFG scale: {guidance}, Seed: {args.seed + i}, Size: {width}x{height}, Model: {Path(args.ckpt or BUILTIN).stem}")
         if init is not None:
-            about += f", Denoising strength: {args.strength}, Init: {args.init}"
+            about += f", Denoising strength: {sd.usual_strength(mask) if args.strength is None else args.strength}, Init: {args.init}"
         write(image, path, pnginfo=text_chunk(about))
         print(path)
     for i, path in enumerate(films):
         frames = [sd.decode_latents(guess[i:i + 1])[0] for guess in guesses[:-1]] + [images[i]]
         write(frames[0], path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500], loop=0)
         print(path)
-    for i, image in enumerate(images if words is not None else []):
+    for image, path, heat in zip(images, paths, maps.mean()) if words is not None else []:
         for word, places in words:
-            path = Path(args.attn) / (f"{paths[i].stem}-{places[0]}-" + re.sub(r"\W", "", word)[:40] + ".png")
-            write(overlay(image, maps.mean()[i, places].sum(0)), path)
-            print(path)
+            file = Path(args.attn) / (f"{path.stem}-{places[0]}-" + re.sub(r"\W", "", word)[:40] + ".png")
+            write(overlay(image, heat[places].sum(0)), file)
+            print(file)
 
 
 def chosen_words(tokenizer: Tokenizer, args: argparse.Namespace) -> list[tuple[str, list[int]]]:
@@ -625,10 +624,7 @@ def chosen_words(tokenizer: Tokenizer, args: argparse.Namespace) -> list[tuple[s
     wanted = [word for word, _ in words] if args.words is None else [word.strip().lower() for word in args.words.split(",")]
     if unknown := [word for word in wanted if word not in dict(words)]:
         raise UserError(f"{unknown[0]!r} is no word of the prompt: its words are {', '.join(word for word, _ in words)}")
-    try:
-        Path(args.attn).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {args.attn}: {error}") from error
+    make_folder(Path(args.attn))
     return [(word, places) for word, places in words if word in wanted]
 
 

@@ -195,10 +195,12 @@ def test_init_picture(tiny, tmp_path, capsys):
     pictures = {}
     for name, strength in (("grey.png", 0.4), ("red.jpg", 0.4), ("grey.png", 1), ("red.jpg", 1)):
         code, _, _ = command(sd_module, capsys, "", "--init", tmp_path / name, "--strength", strength, "--ckpt", tiny, "--out", tmp_path / "o.png")
-        assert code == 0
+        assert code == 0 and f", Denoising strength: {float(strength)}," in Image.open(tmp_path / "o.png").text["parameters"]
         pictures[name, strength] = np.asarray(Image.open(tmp_path / "o.png"))
     assert not np.array_equal(pictures["grey.png", 0.4], pictures["red.jpg", 0.4])
     assert np.array_equal(pictures["grey.png", 1], pictures["red.jpg", 1])
+    assert command(sd_module, capsys, "", "--init", tmp_path / "red.jpg", "--ckpt", tiny, "--out", tmp_path / "o.png")[0] == 0
+    assert ", Denoising strength: 0.75," in Image.open(tmp_path / "o.png").text["parameters"]
 
 
 def test_little_strength_keeps_the_picture(tmp_path, capsys):

@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from checkpoint import make_folder
 from clip import Tokenizer
 from sampler import NUM_TIMESTEPS, q_sample, target
 from sd import DTYPES, PRESETS, StableDiffusion, UserError, best_device_and_dtype, read_image
@@ -310,10 +311,7 @@ def load_model(s: Settings, device: str) -> StableDiffusion:
 def resume(s: Settings, params: list[Tensor], ema: list[Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Fill everything from s.out/state.pt and return the step to go on with; 0 if there is none."""
     path = Path(s.out) / "state.pt"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write into {s.out}: {error}") from error
+    make_folder(path.parent)
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)

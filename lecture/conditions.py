@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from draw import UserError, palette_of, run, save, sheet
 from model import UNetConfig, UNetModel
-from sampler import NUM_TIMESTEPS, SAMPLERS, SPACINGS, denoiser, guided, q_sample, target
+from sampler import NUM_TIMESTEPS, denoiser, guided, q_sample, sample_dpmpp_2m, schedule, target
 
 # The kinds of words, of each kind at most one in a set. Ids number the words through; the id after the last is "not told".
 DIGITS = [list("0123456789")]
@@ -138,15 +138,14 @@ def train(x: Tensor, ids: Tensor, kinds: list[list[str]], steps: int, batch: int
 @torch.no_grad()
 def sample(net: nn.ModuleDict, ids: Tensor, scale: float, steps: int = 6, side: int = 16) -> Tensor:
     """A picture for each row of ids (n, T) -> (n, C, side, side), from the same noise whatever the scale."""
-    draw, spacing, last = SAMPLERS["dpmpp_2m"]
-    sigmas = SPACINGS[spacing](steps) + [last]
+    sigmas = schedule("dpmpp_2m", steps)
     shape = (len(ids), net["unet"].cfg.in_channels, side // 2, side // 2)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * (sigmas[0] ** 2 + 1) ** 0.5
     x = []
     for start, part in zip(noise.split(100), ids.split(100)):
         told, not_told = net["embed"](part), net["embed"](torch.full_like(part, net["embed"].num_embeddings - 1))
         denoise = guided(denoiser(net["unet"], "v"), {"context": told}, {"context": not_told}, scale)
-        *_, step = draw(denoise, start, sigmas, None)
+        *_, step = sample_dpmpp_2m(denoise, start, sigmas, None)
         x.append(step.x)
     return F.pixel_shuffle(torch.cat(x), 2).clamp(-1, 1)
 

@@ -1,6 +1,5 @@
 """What the chapters draw with: Pillow and numpy, nothing else. Pictures are PIL images; fields and maps are numpy arrays."""
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that chapters import sd, model, ... from the folder above
-from sd import UserError  # noqa: E402
+from checkpoint import UserError, make_folder, whole  # noqa: E402
 
 
 def run(chapter: Callable[[argparse.Namespace], None], doc: str, **options: dict) -> None:
@@ -21,10 +20,7 @@ def run(chapter: Callable[[argparse.Namespace], None], doc: str, **options: dict
         parser.add_argument(f"--{name}", **settings)
     args = parser.parse_args()
     try:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write into {args.out}: {error}") from error
+        make_folder(args.out)
         chapter(args)
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -33,9 +29,8 @@ def run(chapter: Callable[[argparse.Namespace], None], doc: str, **options: dict
 
 def save(image: Image.Image, path: Path) -> None:
     """Whole or not at all, and told."""
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, "PNG")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        image.save(temporary, "PNG")
     print(f"wrote {path}")
 
 
@@ -44,10 +39,9 @@ def save_gif(frames: list[Image.Image], path: Path, seconds: float = 0.1, colors
     if colors is not None:
         palette = palette_of(frames, colors)
         frames = [frame.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    temporary = path.with_name(path.name + ".tmp")
     milliseconds = [int(1000 * seconds)] * (len(frames) - 1) + [1000]
-    frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
     print(f"wrote {path}")
 
 

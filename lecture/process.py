@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from draw import UserError, run, save, save_gif, sheet
-from sampler import SAMPLERS, SPACINGS, Step, denoiser, mixed, sample_dpmpp_2m, sigma_to_t
+from sampler import SAMPLERS, SPACINGS, Step, denoiser, mixed, sample_dpmpp_2m, schedule, sigma_to_t
 from sd import StableDiffusion, on_white, read_image
 
 
@@ -36,7 +36,7 @@ def noise_of(sd: StableDiffusion, seed: int) -> Tensor:
 
 def sigmas_of(steps: int) -> list[float]:
     """The noise levels of `walk`, falling to 0."""
-    return [*SPACINGS["trailing"](steps), 0.0]
+    return schedule("dpmpp_2m", steps)
 
 
 def told(sd: StableDiffusion, prompt: str, guidance: float | None = None) -> list[tuple[float, dict[str, Tensor]]]:
