@@ -3,11 +3,12 @@
     pip install -r requirements.txt -r requirements-test.txt && python bench.py        all tables
     python bench.py step vae          only these; see PARTS at the end
 
-Weights are random, in the shapes of SD 1.x; random weights cost what trained ones do. Everything is timed in turns (ours, theirs,
-ours, theirs, ...), and the figures are medians over the turns; ratios are medians of the ratios within a turn, so that
-a machine that slows down slows both. Needs 12 GB of memory and 6 GB of disk in the folder for temporary files.
+Weights are random, in the shapes of SD 1.x; random weights cost what trained ones do. Each contestant has a process of its own, and they are
+timed in turns (ours, theirs, ours, theirs, ...); the figures are medians over the turns; ratios are medians of the ratios within a turn, so that
+a machine that slows down slows both. Needs 16 GB of memory and 6 GB of disk in the folder for temporary files.
 """
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
@@ -23,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clip import Tokenizer
 from model import words_kept
-from sampler import PREDICTIONS, denoiser, guided, q_sample, target
+from sampler import denoiser, guided, q_sample, target
 from sd import DTYPES, PRESETS, StableDiffusion, best_device_and_dtype
 
 HERE = Path(__file__).parent
@@ -43,6 +47,30 @@ def in_turns(rounds: int, **actions: Callable[[], object]) -> dict[str, list[flo
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def in_processes(rounds: int, **builders: Callable[[], Callable[[], object]]) -> dict[str, list[float]]:
+    """The same for actions that are each built, and then run, in a process of their own: one's settings of memory are not the other's."""
+    spawn, links, workers = multiprocessing.get_context("spawn"), {}, []
+    for name, build in builders.items():
+        links[name], theirs = spawn.Pipe()
+        workers.append(spawn.Process(target=serve, args=(theirs, build), daemon=True))
+        workers[-1].start()
+        links[name].recv()
+    seconds = in_turns(rounds, **{name: (lambda link=link: (link.send("go"), link.recv())) for name, link in links.items()})
+    for worker in workers:
+        worker.terminate()
+    return seconds
+
+
+def serve(link: Connection, build: Callable[[], Callable[[], object]]) -> None:
+    with torch.no_grad():
+        action = build()
+        while True:
+            synchronize()
+            link.send("done")
+            link.recv()
+            action()
 
 
 def synchronize() -> None:
@@ -95,48 +123,61 @@ def their_settings(dtype: torch.dtype) -> dict[str, tuple[torch.dtype, bool]]:
     return settings
 
 
-@torch.no_grad()
-def bench_step(dtype: torch.dtype, device: str, rounds: int, side: int = 512) -> None:
+def bench_step(dtype: torch.dtype, device: str, rounds: int) -> None:
+    seconds = in_processes(rounds, this=partial(our_step, dtype, device), **{
+        name: partial(their_step, device, *settings) for name, settings in their_settings(dtype).items()})
+    table("guided step, 512x512", seconds, more={"this": f"({GFLOP / median(seconds['this']):.0f} GFLOP/s) "})
+
+
+def our_step(dtype: torch.dtype, device: str) -> Callable[[], object]:
     sd = our_model(dtype, device)
-    x, told = torch.randn(1, 4, side // 8, side // 8, device=device), torch.randn(2, 77, 768, device=device)
-    with words_kept(sd.unet):
-        halves = [{"context": half.to(dtype)} for half in told.split(1)]
-        denoise = guided(denoiser(sd.unet, "eps"), *halves, scale=7.5)
-        actions = {"this": lambda: denoise(x, 7.0)}
-        for name, (their_dtype, channels_last) in their_settings(dtype).items():
-            unet = their_parts(their_dtype, device, channels_last)["unet"]
-            actions[name] = their_step(unet, x.to(their_dtype), told.to(their_dtype))
-        seconds = in_turns(rounds, **actions)
-    table(f"guided step, {side}x{side}", seconds, more={"this": f"({GFLOP / median(seconds['this']):.0f} GFLOP/s) "} if side == 512 else {})
+    x, told = torch.randn(1, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
+    keep = words_kept(sd.unet)
+    keep.__enter__()  # for good: the process is for this alone
+    denoise = guided(denoiser(sd.unet, "eps"), *({"context": half.to(dtype)} for half in told.split(1)), scale=7.5)
+    return lambda: (keep, denoise(x, 7.0))
 
 
-def their_step(unet: torch.nn.Module, x: torch.Tensor, told: torch.Tensor) -> Callable[[], object]:
-    def step():
-        uncond, cond = unet(torch.cat([x, x]), 500, told, return_dict=False)[0].chunk(2)
+def their_step(device: str, dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:
+    unet = their_parts(dtype, device, channels_last)["unet"]
+    x, told = torch.randn(2, 4, 64, 64, device=device, dtype=dtype), torch.randn(2, 77, 768, device=device, dtype=dtype)
+
+    def step() -> torch.Tensor:
+        uncond, cond = unet(x, 500, told, return_dict=False)[0].chunk(2)
         return uncond + 7.5 * (cond - uncond)
     return step
 
 
-@torch.no_grad()
 def bench_vae(dtype: torch.dtype, device: str, rounds: int) -> None:
-    sd = our_model(dtype, device)
-    z = torch.randn(1, 4, 64, 64, device=device)
-    actions = {"this": lambda: sd.vae.decode(z.to(sd.vae.quant_conv.weight))}
-    for name, (their_dtype, channels_last) in their_settings(dtype).items():
-        vae = their_parts(their_dtype, device, channels_last)["vae"]
-        actions[name] = lambda vae=vae, z=z.to(their_dtype): vae.decode(z, return_dict=False)
-    table("decoding, 512x512", in_turns(rounds, **actions))
+    table("decoding, 512x512", in_processes(rounds, this=partial(our_decoding, dtype, device), **{
+        name: partial(their_decoding, device, *settings) for name, settings in their_settings(dtype).items()}))
 
 
-@torch.no_grad()
+def our_decoding(dtype: torch.dtype, device: str) -> Callable[[], object]:
+    vae = our_model(dtype, device).vae
+    z = torch.randn(1, 4, 64, 64).to(vae.quant_conv.weight)
+    return lambda: vae.decode(z)
+
+
+def their_decoding(device: str, dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:
+    vae, z = their_parts(dtype, device, channels_last)["vae"], torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
+    return lambda: vae.decode(z, return_dict=False)
+
+
 def bench_text(dtype: torch.dtype, device: str, rounds: int) -> None:
+    table("two prompts through the text encoder", in_processes(4 * rounds, this=partial(our_text, dtype, device), **{
+        name: partial(their_text, device, *settings) for name, settings in their_settings(dtype).items() if not settings[1]}), digits=3)
+
+
+def our_text(dtype: torch.dtype, device: str) -> Callable[[], object]:
     sd = our_model(dtype, device)
     tokens = sd.tokenizer([PROMPT, ""]).to(device)
-    actions = {"this": lambda: sd.text(tokens)}
-    for name, (their_dtype, channels_last) in their_settings(dtype).items():
-        if not channels_last:
-            actions[name] = lambda text=their_parts(their_dtype, device, False)["text_encoder"]: text(tokens)
-    table("two prompts through the text encoder", in_turns(2 * rounds, **actions), digits=3)
+    return lambda: sd.text(tokens)
+
+
+def their_text(device: str, dtype: torch.dtype, _: bool) -> Callable[[], object]:
+    text, tokens = their_parts(dtype, device, False)["text_encoder"], Tokenizer()([PROMPT, ""]).to(device)
+    return lambda: text(tokens)
 
 
 def bench_load_and_run(dtype: torch.dtype, device: str, rounds: int) -> None:
@@ -158,14 +199,38 @@ def bench_load_and_run(dtype: torch.dtype, device: str, rounds: int) -> None:
             table(f"{title}, {name}", seconds, more={who: f"(peak memory {gb:.1f} GB) " for who, gb in memory.items()})
 
 
+def bench_sizes(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """How time and memory grow with the picture: its first guided step (the text's 0.3 s with it) and decoding, each size in a process of its own."""
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    code = ("import sys, time; from sd import *; path, device, dtype, side, lowmem = sys.argv[1:]; sd = StableDiffusion.load(path, device, DTYPES[dtype], lowmem=bool(lowmem)); "
+            "times = [time.perf_counter()]; "
+            f"sd.generate('{PROMPT}', steps=1, width=int(side), height=int(side), callback=lambda step: times.append(time.perf_counter())); "
+            "times.append(time.perf_counter()); print(times[1] - times[0], times[2] - times[1], sum(t.nbytes for t in sd.state_dict().values()) / 1e9)")
+    print("\n| side | guided step | decoding | memory beyond the weights | --lowmem: step | decoding | memory |\n|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as tmp:
+        our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
+        for side in (256, 512, 768, 1024):
+            cells = []
+            for lowmem in ("", "lowmem"):
+                peak, said = run([sys.executable, "-c", code, f"{tmp}/sd1.safetensors", device, name, side, lowmem])
+                step, decoding, weights = map(float, said.split())
+                cells.append(f"{step:.1f} s | {decoding:.1f} s | {peak - weights:.1f} GB")
+            print(f"| {side} | {' | '.join(cells)} |", flush=True)
+
+
 def process(args: list) -> float:
     """Run it to its end; its greatest memory in GB."""
-    child = subprocess.Popen(list(map(str, args)), cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = child.stderr.read()
+    return run(args)[0]
+
+
+def run(args: list) -> tuple[float, str]:
+    """The same, and what it printed."""
+    child = subprocess.Popen(list(map(str, args)), cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = child.stdout.read().decode()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
-        sys.exit(f"bench.py: {args[1:3]} failed:\n{errors.decode()[-2000:]}")
-    return usage.ru_maxrss / 1e6
+        sys.exit(f"bench.py: {args[1:3]} failed:\n{said[-2000:]}")
+    return usage.ru_maxrss / 1e6, said
 
 
 def write_their_folder(tmp: str) -> None:
@@ -244,7 +309,7 @@ def bench_machine(dtype: torch.dtype, device: str, rounds: int) -> None:
 
 
 PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text, "load": bench_load_and_run, "builtin": bench_builtin,
-         "share": bench_share, "train": bench_train}
+         "share": bench_share, "train": bench_train, "sizes": bench_sizes}
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
             raise UserError(f"{path} is damaged, or no checkpoint of PyTorch 1.6 or later")
         with torch.serialization.safe_globals([(Inert, LIGHTNING)]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = state.get("state_dict", state)
+        state = state.get("state_dict", state.get("string_to_param", state))  # the latter in A1111's files of learned words
         return {name: partial(state.get, name) for name, value in state.items() if isinstance(value, Tensor)}, {}
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is damaged, or holds more than tensors and could run code: ask for a .safetensors file of it") from error
@@ -90,7 +90,7 @@ def check_names_and_shapes(path: Path, found: dict[str, torch.Size], wanted: dic
 
 NAMES = [  # official -> diffusers; first the UNet's, then the VAE's
     (r"^time_embed\.0", "time_embedding.linear_1"), (r"^time_embed\.2", "time_embedding.linear_2"),
-    (r"^label_emb\.0\.0", "add_embedding.linear_1"), (r"^label_emb\.0\.2", "add_embedding.linear_2"),
+    (r"^cond_proj", "time_embedding.cond_proj"), (r"^label_emb\.0\.0", "add_embedding.linear_1"), (r"^label_emb\.0\.2", "add_embedding.linear_2"),
     (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
     (r"^middle_block\.0", "mid_block.resnets.0"), (r"^middle_block\.1", "mid_block.attentions.0"), (r"^middle_block\.2", "mid_block.resnets.1"),
     (r"\bin_layers\.0", "norm1"), (r"\bin_layers\.2", "conv1"), (r"\bemb_layers\.1", "time_emb_proj"),
@@ -131,7 +131,8 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIGS = ("scheduler/scheduler_config.json", "unet/config.json", "vae/config.json")  # what is read beside model_index.json and the weights
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "v": "v"}  # of schedulers, and of the metadata of files -> of sampler.py
 SCHEDULERS = {  # our sampler -> diffusers' class, for those in rows of PRESETS
-    "dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler"}
+    "dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
+    "lcm": "LCMScheduler"}
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # in the VAE of folders from before 2023
 
 
@@ -296,7 +297,7 @@ def folder_files(config, pipeline: str, spacing: str, bpe: Tokenizer) -> dict[st
             down_block_types=[level + "DownBlock2D" for level in levels], up_block_types=[level + "UpBlock2D" for level in reversed(levels)],
             transformer_layers_per_block=[*(max(depth, 1) for depth in unet.transformer_depth[:-1]), unet.transformer_depth_middle],  # the last is the middle's
             attention_head_dim=unet.num_heads, cross_attention_dim=unet.context_dim, norm_num_groups=unet.num_groups,
-            upcast_attention=unet.upcast_attention, use_linear_projection=unet.use_linear),
+            upcast_attention=unet.upcast_attention, use_linear_projection=unet.use_linear, time_cond_proj_dim=unet.time_cond_proj_dim),
         "vae/config.json": dict(
             _class_name="AutoencoderKL", sample_size=config.size, block_out_channels=[vae.ch * m for m in vae.ch_mult], layers_per_block=vae.num_res_blocks,
             down_block_types=["DownEncoderBlock2D"] * len(vae.ch_mult), up_block_types=["UpDecoderBlock2D"] * len(vae.ch_mult),

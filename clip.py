@@ -11,16 +11,28 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer as BPETokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 MERGES = Path(__file__).parent / "weights" / "bpe_simple_vocab_16e6.txt.gz"
 BOS, EOS = 49406, 49407
 WORDS = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
          r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")  # letters run together, digits stand alone, the rest runs together
+
+
+WEIGHTED = re.compile(r"\(([^()]+):([+-]?\d*\.?\d+)\)")  # "(red:1.3)"
+
+
+class Piece(NamedTuple):
+    """A token of a text."""
+    id: int
+    place: tuple[int, int]  # in the text, from and to
+    word: int               # which of the text's words it belongs to: 0, 1, ...
+    weight: float
 
 
 class Tokenizer:
@@ -31,6 +43,7 @@ class Tokenizer:
 
     def __init__(self, pad: int = EOS, length: int = 77):
         self.bpe, self.pad, self.length = load_bpe(), pad, length
+        self.added: dict[int, list[int]] = {}  # of each word added to the vocabulary, the ids of its vectors
 
     def __call__(self, text: str | list[str]) -> Tensor:
         """One prompt or a list of B -> LongTensor (B, length). Warns with the words that did not fit."""
@@ -38,13 +51,51 @@ class Tokenizer:
         return torch.tensor([self.row(t) for t in texts], dtype=torch.long).reshape(len(texts), self.length)
 
     def row(self, text: str) -> list[int]:
-        encoding = self.bpe.encode(text)
+        pieces = self.encode(text)
         room = self.length - 2
-        if len(encoding.ids) > room:
-            cut = text[encoding.offsets[room][0]:]
-            warnings.warn(f"the prompt is {len(encoding.ids)} tokens long and {room} fit; cut off: {cut!r}", stacklevel=3)
-        ids = [BOS, *encoding.ids[:room], EOS]
+        if len(pieces) > room:
+            cut = text[pieces[room].place[0]:]
+            warnings.warn(f"the prompt is {len(pieces)} tokens long and {room} fit; cut off: {cut!r}", stacklevel=3)
+        ids = [BOS, *(piece.id for piece in pieces[:room]), EOS]
         return ids + [self.pad] * (self.length - len(ids))
+
+    def rows(self, texts: list[str], count: int = 1) -> tuple[Tensor, Tensor]:
+        """B texts of any length, in which (red:1.3) gives weight to words -> ids (B, N, length), weights (B, N, length): N rows each,
+        at least `count`, as many as the longest text fills."""
+        room, pieces = self.length - 2, [self.pieces(text) for text in texts]
+        count = max([count] + [-(-len(some) // room) for some in pieces])
+        ids = torch.full((len(texts), count, self.length), self.pad)
+        weights = torch.ones(ids.shape)
+        ids[:, :, 0] = BOS
+        for i, some in enumerate(pieces):
+            for j in range(count):
+                part = some[j * room:(j + 1) * room]
+                ids[i, j, 1:len(part) + 2] = torch.tensor([piece.id for piece in part] + [EOS])
+                weights[i, j, 1:len(part) + 1] = torch.tensor([piece.weight for piece in part])
+        return ids, weights
+
+    def pieces(self, text: str) -> list[Piece]:
+        """All tokens of a text with weights, such as "a (red:1.3) apple"; the brackets are none of them."""
+        pieces, end = [], 0
+        for match in [*WEIGHTED.finditer(text), None]:
+            pieces += self.encode(text, end, len(text) if match is None else match.start(), 1.0, pieces)
+            if match is not None:
+                pieces += self.encode(text, match.start(1), match.end(1), float(match[2]), pieces)
+                end = match.end()
+        return pieces
+
+    def encode(self, text: str, start: int = 0, end: int | None = None, weight: float = 1.0, before: list[Piece] | None = None) -> list[Piece]:
+        """The tokens of text[start:end], which stand after those of `before`."""
+        encoding = self.bpe.encode(text[start:end])
+        word = before[-1].word + 1 if before else 0
+        return [Piece(id, (start + a, start + b), word + number, weight)
+                for token, (a, b), number in zip(encoding.ids, encoding.offsets, encoding.word_ids) for id in self.added.get(token, [token])]
+
+    def add_word(self, word: str, ids: list[int]) -> None:
+        """A word, none of the vocabulary's own, that stands for these ids wherever it stands alone in a text."""
+        self.bpe = BPETokenizer.from_str(self.bpe.to_str())  # load_bpe's is everybody's
+        self.bpe.add_tokens([AddedToken(word, single_word=True, normalized=False)])
+        self.added[self.bpe.token_to_id(word)] = ids
 
     def tokens(self, text: str) -> list[tuple[int, str]]:
         """The ids of the text alone, none cut, each with its piece; `</w>` marks the end of a word."""
@@ -135,9 +186,30 @@ class CLIPTextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = embedding(cfg.vocab_size, cfg.hidden_size, std=0.02)
         self.position_embedding = embedding(cfg.max_position_embeddings, cfg.hidden_size, std=0.01)
+        self.learned: Tensor | None = None  # (N, D): further rows of the token table, which are not saved with the model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]]
+        return self.embed(tokens) + self.position_embedding.weight[:tokens.shape[1]]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        if self.learned is None:
+            return self.token_embedding(tokens)
+        rows = self.token_embedding.num_embeddings
+        x = self.token_embedding(tokens.clamp(max=rows - 1))
+        return torch.where(tokens[..., None] < rows, x, self.learned.to(x)[(tokens - rows).clamp(min=0)])
+
+    def learn(self, vectors: Tensor) -> list[int]:
+        """Further rows (N, D) -> their ids."""
+        old = [] if self.learned is None else [self.learned]
+        self.learned = torch.cat([*old, vectors.to(self.token_embedding.weight.device)])
+        last = self.token_embedding.num_embeddings + len(self.learned)
+        return list(range(last - len(vectors), last))
+
+
+def emphasised(features: Tensor, weights: Tensor) -> Tensor:
+    """Vectors (B, T, D) times their weights (B, T), then brought back to the mean that each row had."""
+    new = features * weights[..., None].to(features)
+    return new * (features.mean((1, 2), keepdim=True) / new.mean((1, 2), keepdim=True))
 
 
 def embedding(rows: int, width: int, std: float) -> nn.Embedding:

@@ -1,6 +1,6 @@
-"""LoRA: a fine-tune as a small file, one product of two thin matrices beside each of some layers: W + scale * alpha / rank * up @ down.
+"""What is put on top of a model: LoRA and words learned by textual inversion.
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. A file names the layers as kohya's tools do
+LoRA is a fine-tune as a small file, one product of two thin matrices beside each of some layers: W + scale * alpha / rank * up @ down. Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. A file names the layers as kohya's tools do
 (`lora_unet_down_blocks_0_..._attn1_to_q.lora_down.weight` and `.alpha`; for SDXL also `lora_unet_input_blocks_...`), or as diffusers and peft
 do (`unet.down_blocks.0...attn1.to_q.lora_A.weight`). With underscores for dots, and a few beginnings changed, both come to the names in `layers`.
 """
@@ -45,7 +45,7 @@ def apply_lora(sd: "StableDiffusion", path: str | Path, scale: float = 1.0) -> N
     """
     found, added = layers(sd), []
     for name, (down, up, alpha) in open_lora(Path(path)).items():
-        weight = found[name].weight if name in found else torch.empty(0, 0)
+        weight = found[name].weight if name in found else torch.empty(1, 0)
         if (up.shape[0], down[0].numel(), up.shape[1]) != (weight.shape[0], weight[0].numel(), down.shape[0]):
             here = f"{weight.shape[0]}x{weight[0].numel()}" if name in found else "not"
             raise UserError(f"{path} is for another family of models: {name} is {up.shape[0]}x{down[0].numel()} there and {here} here")
@@ -80,6 +80,26 @@ def open_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     if not parts:
         raise UserError(f"{path} holds no tensors")
     return {layer: (part["down"], part["up"], float(part["alpha"])) for layer, part in parts.items()}
+
+
+def add_embedding(sd: "StableDiffusion", path: str | Path) -> list[str]:
+    """Words learned by textual inversion (Gal et al. 2022): {word: vectors (N, D)}, or one that is called as the file is. Returns them.
+
+    Raises UserError if the file cannot be read, is for another family of models, or takes a word for its own that the vocabulary has.
+    """
+    path, words = Path(path), []
+    for name, read in open_tensors(path)[0].items():
+        vectors = torch.atleast_2d(read().float())
+        word = path.stem if name in ("*", "emb_params", "clip_l", "clip_g") else name  # as A1111 and for SDXL
+        widths = [encoder.cfg.hidden_size for encoder in sd.encoders]
+        if vectors.shape[1] not in widths:
+            raise UserError(f"{path} is for another family of models: its vectors are {vectors.shape[1]} wide, here {' and '.join(map(str, widths))}")
+        i = widths.index(vectors.shape[1])
+        if word in sd.tokenizers[i].bpe.get_vocab():
+            raise UserError(f"{path}: {word!r} is in the vocabulary already: rename it")
+        sd.tokenizers[i].add_word(word, sd.encoders[i].embeddings.learn(vectors))
+        words.append(word)
+    return words
 
 
 class LoRA(nn.Module):

@@ -37,15 +37,16 @@ class UNetConfig:
     num_heads: tuple[int, ...] = (8, 8, 8, 8)            # per level; the middle has the last level's
     context_dim: int = 768                               # D
     adm_in_channels: int | None = None                   # width of a vector added to the time embedding; None: no such input
+    time_cond_proj_dim: int | None = None                # width of the embedding of a guidance scale (LCM); None: no such input
     num_groups: int = 32                                 # of every GroupNorm
     upcast_attention: bool = False                       # scores in fp32 whatever the weights are: SD 2.x's overflow in fp16
     use_linear: bool = False                             # how files store proj_in/out: Linear (SD2, SDXL) or 1x1 convolution (SD1)
 
 
 class UNetModel(nn.Module):
-    """x (B, in, H, W), t (B,), context (B, T, D), y (B, adm_in_channels) or None -> (B, out, H, W).
+    """x (B, in, H, W), t (B,), context (B, T, D), y (B, adm_in_channels) or None, w (B,) or None -> (B, out, H, W).
 
-    t counts 0...999 as in DDPM (fractions allowed). H and W may be any size: Upsample goes to the skip's size.
+    w is the scale of guidance, for models distilled to follow it in one pass (Luo et al. 2023, section 4.2). t counts 0...999 as in DDPM (fractions allowed). H and W may be any size: Upsample goes to the skip's size.
     """
 
     def __init__(self, cfg: UNetConfig = UNetConfig()):
@@ -64,6 +65,8 @@ class UNetModel(nn.Module):
         self.time_embed = mlp(c, emb_dim)
         if cfg.adm_in_channels is not None:
             self.label_emb = nn.Sequential(mlp(cfg.adm_in_channels, emb_dim))
+        if cfg.time_cond_proj_dim is not None:
+            self.cond_proj = nn.Linear(cfg.time_cond_proj_dim, c, bias=False)
 
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(cfg.in_channels, c, 3, padding=1))])
         skips = [c]
@@ -91,10 +94,15 @@ class UNetModel(nn.Module):
 
         self.out = nn.Sequential(nn.GroupNorm(cfg.num_groups, c), nn.SiLU(), zero(nn.Conv2d(c, cfg.out_channels, 3, padding=1)))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         dtype = self.out[2].weight.dtype
         h, context = x.to(dtype), context.to(dtype)
-        emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(dtype))  # (B, E)
+        emb = timestep_embedding(t, self.cfg.model_channels).to(dtype)                   # (B, model_channels)
+        if self.cfg.time_cond_proj_dim is not None:
+            if w is None:
+                raise ValueError("this UNet needs w (B,), the scale of guidance: StableDiffusion.told gives it")
+            emb = emb + self.cond_proj(guidance_embedding(w, self.cfg.time_cond_proj_dim).to(dtype))
+        emb = self.time_embed(emb)                                                       # (B, E)
         if self.cfg.adm_in_channels is not None:
             if y is None:
                 raise ValueError(f"this UNet needs y (B, {self.cfg.adm_in_channels}) beside the context: StableDiffusion.condition gives both")
@@ -119,6 +127,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Scales of guidance (B,) -> (B, dim): as above of 1000 (w - 1), but sines first and down to 1/10000 exactly, as LCM was trained."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, dtype=torch.float32, device=w.device) / (dim // 2 - 1))
+    angles = 1000 * (w.float() - 1)[:, None] * freqs
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class TimestepEmbedSequential(nn.Sequential):

@@ -10,6 +10,7 @@ Shapes: B pictures, 77 tokens, D width of a token's vector, Z latent channels (4
 w = W/f latent size with f = 8. Numbers: sampling runs in fp32 whatever the weights are; noise comes from the CPU.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ from tqdm import tqdm
 
 from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, diffusers_name, find, folder_files, make_folder, open_checkpoint, open_folder,
                         save_folder, save_tensors, whole)
-from clip import CLIPTextConfig, CLIPTextModel, Tokenizer
+from clip import CLIPTextConfig, CLIPTextModel, Piece, Tokenizer, emphasised
+from lora import add_embedding, apply_lora
 from model import UNetConfig, UNetModel, timestep_embedding, watching, words_kept
 from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed, schedule, until
 from vae import AutoencoderKL, VAEConfig, decode_tiled
@@ -77,6 +80,7 @@ PRESETS = {  # of rows alike in shape, a file is taken for the first with its pr
     "sd-turbo": Preset(SD2_UNET, text=OPENCLIP_H, steps=1, guidance=1.0, sampler="euler", spacing="trailing"),
     "sdxl": SDXL,
     "sdxl-turbo": replace(SDXL, size=512, steps=1, guidance=1.0, sampler="euler_a", spacing="trailing"),
+    "lcm": Preset(UNetConfig(time_cond_proj_dim=256), steps=4, guidance=8.0, sampler="lcm"),
     "emoji": Preset(  # the built-in model: small, and told the text's pooled vector beside the time, as SDXL is
         UNetConfig(in_channels=16, out_channels=16, model_channels=96, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1),
                    num_heads=(3, 6), context_dim=128, adm_in_channels=128, num_groups=8),
@@ -140,6 +144,8 @@ class StableDiffusion:
         """Put the networks on the device (with lowmem, into the CPU's memory) as they work best, their weights those that
         `read` gives for a name in the file or folder, taken one by one."""
         self.device = torch.device(device)
+        if device.startswith("cpu"):
+            keep_freed_memory()
         for prefix, part in self.parts.items():
             # fp16's largest number, 65504, is too small for some VAE activations: keep that part in fp32
             part_dtype = torch.float32 if part is self.vae and dtype == torch.float16 else dtype
@@ -209,16 +215,22 @@ class StableDiffusion:
         return self.condition(prompts)["context"]
 
     @torch.no_grad()
-    def condition(self, prompts: list[str], width: int | None = None, height: int | None = None) -> dict[str, Tensor]:
+    def condition(self, prompts: list[str], width: int | None = None, height: int | None = None, rows: int = 1) -> dict[str, Tensor]:
         """B prompts -> what the UNet is told about them: context (B, 77, D), and y (B, adm_in_channels) if it takes a pooled vector.
 
+        The context is that of N rows of 77 tokens (B, N*77, D) if a prompt has more than 75, or `rows` asks for it; the pooled vector is the
+        first row's. Words as in "a (red:1.3) apple" have their vectors multiplied.
         SDXL's y goes on with the picture's size (Podell et al. 2023, section 2.2): original height and width, top and left of the
         cut, target height and width, each as a timestep embedding. None: the preset's size.
         """
-        told = []
+        told, rows = [], max([rows] + [tokenizer.rows(prompts)[0].shape[1] for tokenizer in self.tokenizers])
         for encoder, tokenizer in zip(self.encoders, self.tokenizers):
+            tokens, weights = tokenizer.rows(prompts, rows)  # (B, N, 77)
             with self.at_work(encoder):
-                told.append(encoder.encode(tokenizer(prompts).to(self.device)))
+                features, pooled = encoder.encode(tokens.flatten(0, 1).to(self.device))
+            if (weights != 1).any():
+                features = emphasised(features, weights.flatten(0, 1))
+            told.append((features.unflatten(0, (-1, rows)).flatten(1, 2), pooled[::rows]))  # '(b n) t d -> b (n t) d'
         context, y = torch.cat([features for features, _ in told], dim=-1), told[-1][1]
         if self.config.unet.adm_in_channels is None:
             return {"context": context}
@@ -251,26 +263,30 @@ class StableDiffusion:
         return [Image.fromarray(picture) for picture in x.cpu().numpy()]
 
     @torch.no_grad()
-    def generate(self, prompt: str, negative_prompt: str = "", width: int | None = None, height: int | None = None,
+    def generate(self, prompt: str | list[str], negative_prompt: str = "", width: int | None = None, height: int | None = None,
                  steps: int | None = None, guidance: float | None = None, sampler: str | None = None, seed: int = 0, batch: int = 1,
                  callback: Callable[[Step], None] | None = None, spacing: str | None = None,
                  init: Image.Image | None = None, strength: float | None = None, mask: Image.Image | None = None,
-                 image_guidance: float = 1.5, guided_share: float = 1.0) -> list[Image.Image]:
-        """`batch` pictures of the prompt, picture i from seed + i. None: the preset's (or sampler's) own default.
+                 image_guidance: float | None = None, guided_share: float | None = None) -> list[Image.Image]:
+        """`batch` pictures of the prompt, or one of each of several prompts; picture i from seed + i. None: the preset's (or sampler's) own default.
 
         With `init`, starts from that picture, noised to `strength` of the way (SDEdit, Meng et al. 2022; default 0.75): int(steps * strength)
         steps are run; at 1 nothing of it is left. With `mask` too, only what is white there is drawn anew (strength: default 1).
         A model made to change pictures by instruction (InstructPix2Pix, Brooks et al. 2023) sees `init` beside the noise at
-        every step and follows it by `image_guidance`. Only the first `guided_share` of the steps are guided, the others take half the
+        every step and follows it by `image_guidance` (default 1.5). Only the first `guided_share` of the steps are guided, the others take half the
         time (after Kynkäänniemi et al. 2024). `callback` is called after each step with a sampler.Step.
         Raises UserError for settings out of range and for NaNs on the way.
         """
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
         run = self.steps_run(steps, init, mask, strength)
-        if not 0 <= guided_share <= 1:
+        if guided_share is not None and not 0 <= guided_share <= 1:
             raise UserError(f"the guided share of the steps must lie between 0 and 1, not {guided_share}")
+        if image_guidance is not None and self.sees != "picture":
+            raise UserError("image guidance is for models that change pictures by instruction, such as InstructPix2Pix")
         if batch < 1:
             raise UserError(f"batch must be at least 1, not {batch}")
+        prompts = [prompt] * batch if isinstance(prompt, str) else prompt
+        batch = len(prompts)
         if not 0 <= seed < 2**63 - batch:
             raise UserError(f"the seed must lie between 0 and 2^63, not {seed}")
         shape = (self.config.vae.z_channels, height // self.config.vae.downsampling, width // self.config.vae.downsampling)
@@ -288,13 +304,14 @@ class StableDiffusion:
         noise = draw()
         x = noise * (sigmas[0] ** 2 + 1) ** 0.5 if run == steps else known + sigmas[0] * noise  # unit variance when variance preserving
 
-        weighted = self.told(prompt, negative_prompt, guidance, width, height, batch)
+        weighted = self.told(prompts, negative_prompt, guidance, width, height)
         if mask is not None:
             mask = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.NEAREST).point(lambda v: 255 * (v >= 128))
             mask_pixels = torch.from_numpy(np.array(mask)[None, None] / 255).float()
             mask_latents = F.interpolate(mask_pixels, shape[1:]).to(self.device)
         if self.sees == "picture":
-            weighted = with_picture(weighted, self.encode_image([init]).expand(batch, *shape) / self.config.vae.scale_factor, image_guidance)
+            weighted = with_picture(weighted, self.encode_image([init]).expand(batch, *shape) / self.config.vae.scale_factor,
+                                    1.5 if image_guidance is None else image_guidance)
         elif self.sees == "mask":
             left = self.encode_pixels(pixels([init]) * (1 - mask_pixels), draw())
             concat = torch.cat([mask_latents.expand(batch, -1, -1, -1), left], dim=1)
@@ -302,7 +319,9 @@ class StableDiffusion:
 
         with self.at_work(self.unet) as unet, words_kept(unet):
             network = denoiser(unet, self.config.prediction)
-            denoise = until(sigmas[round(guided_share * run)], mixed(network, weighted, one_by_one=self.lowmem), mixed(network, [(1.0, weighted[-1][1])]))
+            denoise = mixed(network, weighted, one_by_one=self.lowmem)
+            if guided_share is not None:
+                denoise = until(sigmas[round(guided_share * run)], denoise, mixed(network, [(1.0, weighted[-1][1])]))
             if blended:
                 x, denoise = torch.lerp(known + sigmas[0] * noise, x, mask_latents), inpainted(denoise, known, mask_latents)
             for step in SAMPLERS[sampler].sample(denoise, x, sigmas, draw):
@@ -313,10 +332,14 @@ class StableDiffusion:
         images = self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)  # variance preserving again: ddim ends above 0
         return images if mask is None else [Image.composite(image, init, mask) for image in images]  # what was not masked stays as it was, exactly
 
-    def told(self, prompt: str, negative_prompt: str, guidance: float, width: int, height: int, batch: int) -> list[tuple[float, dict[str, Tensor]]]:
-        """The two conditions of classifier-free guidance, for `sampler.mixed`: the negative prompt's and, last, the prompt's."""
-        negative, condition = ({name: c.expand(batch, *c.shape[1:]) for name, c in self.condition([text], width, height).items()}
-                               for text in (negative_prompt, prompt))
+    def told(self, prompts: list[str], negative_prompt: str, guidance: float, width: int, height: int) -> list[tuple[float, dict[str, Tensor]]]:
+        """The two conditions of classifier-free guidance, for `sampler.mixed`: the negative prompt's and, last, the prompts' (B, ...)."""
+        rows = max(tokenizer.rows([*prompts, negative_prompt])[0].shape[1] for tokenizer in self.tokenizers)  # as many of both
+        different = list(dict.fromkeys(prompts))
+        condition = {name: c[[different.index(prompt) for prompt in prompts]] for name, c in self.condition(different, width, height, rows).items()}
+        if self.config.unet.time_cond_proj_dim is not None:  # the model was taught to guide itself
+            return [(1.0, condition | {"w": torch.full((len(prompts),), guidance, device=self.device)})]
+        negative = {name: c.expand(len(prompts), *c.shape[1:]) for name, c in self.condition([negative_prompt], width, height, rows).items()}
         if self.config.zero_negative and negative_prompt == "":
             pooled = self.encoders[-1].cfg.hidden_size
             negative = {"context": negative["context"] * 0, "y": torch.cat([negative["y"][:, :pooled] * 0, negative["y"][:, pooled:]], dim=1)}
@@ -415,12 +438,12 @@ class HeatMaps:
 
 
 def words_of(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, list[int]]]:
-    """The words of a prompt, each with its places in the row of tokens (the start token is at 0); words cut off are left out."""
-    encoding = tokenizer.bpe.encode(prompt)
-    words: dict[int, list[int]] = {}
-    for i, word in enumerate(encoding.word_ids[:tokenizer.length - 2]):
-        words.setdefault(word, []).append(i)
-    return [(prompt[encoding.offsets[ids[0]][0]:encoding.offsets[ids[-1]][1]].lower(), [i + 1 for i in ids]) for ids in words.values()]
+    """The words of a prompt, each with its places among the tokens of all its rows (the start token is at 0)."""
+    words: dict[int, list[tuple[int, Piece]]] = {}
+    for i, piece in enumerate(tokenizer.pieces(prompt)):
+        row, place = divmod(i, tokenizer.length - 2)
+        words.setdefault(piece.word, []).append((row * tokenizer.length + place + 1, piece))
+    return [(prompt[found[0][1].place[0]:found[-1][1].place[1]].lower(), [place for place, _ in found]) for found in words.values()]
 
 
 def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
@@ -475,8 +498,9 @@ def rows_like(path: Path, shapes: dict[str, torch.Size]) -> list[Preset]:
     to_k = next((name for name in shapes if name.startswith(unet) and name.endswith("attn2.to_k.weight")), None)
     if to_k is None or conv_in is None:
         raise UserError(f"{path} is not a Stable Diffusion checkpoint: it has no UNet under {' or '.join(unet)}")
-    widths = shapes[conv_in][1], shapes[to_k][1]
-    rows = [row for row in PRESETS.values() if widths == (row.unet.in_channels, row.unet.context_dim)]
+    widths, guides_itself = (shapes[conv_in][1], shapes[to_k][1]), any(name.endswith("cond_proj.weight") for name in shapes)
+    rows = [row for row in PRESETS.values() if widths == (row.unet.in_channels, row.unet.context_dim)
+            and guides_itself == (row.unet.time_cond_proj_dim is not None)]
     if not rows:
         known = dict.fromkeys(f"{row.unet.in_channels} and {row.unet.context_dim}" for row in PRESETS.values())
         raise UserError(f"{path} is of another family: {widths[0]} input channels and text width {widths[1]}; known are {', '.join(known)}")
@@ -510,15 +534,25 @@ def best_device_and_dtype(device: str | None, dtype: torch.dtype | None) -> tupl
     return device, dtype
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed: else it gives large blocks back and gets them anew at every layer, page by page, a tenth of a CPU's time."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)          # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 # --- the command ---
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a picture of a prompt. What is not given takes the model's own default.")
-    parser.add_argument("prompt", nargs="?", help="may be left out with --save")
+    parser.add_argument("prompt", nargs="?", help="(red:1.3) gives weight to words; may be left out with --prompts, --from and --save")
+    parser.add_argument("--prompts", metavar="FILE", help="draw each line of this text file, --batch of them at a time, into the folder --out; under torchrun each process its share")
+    parser.add_argument("--from", dest="source", metavar="PNG", help="draw this picture again, by the settings stored in it; what else is given overrules them")
     parser.add_argument("--negative", default="", help="what the picture should not be")
     parser.add_argument("--steps", type=int, help="1 to 1000")
     parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt; 1: not beyond the model's own guess, and twice as fast")
-    parser.add_argument("--guided-share", type=float, default=1.0, help="guide only this share of the steps, from the first: 0.5 saves a quarter of the time")
+    parser.add_argument("--guided-share", type=float, help="guide only this share of the steps, from the first: 0.5 saves a quarter of the time")
     parser.add_argument("--sampler", help=", ".join(SAMPLERS))
     parser.add_argument("--spacing", help="of the steps' noise levels; default: the sampler's own; " + ", ".join(SPACINGS))
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0); the next has seed + 1")
@@ -530,24 +564,29 @@ def main() -> None:
     parser.add_argument("--mask", metavar="IMG", help="with --init: draw anew only what is white in this picture of the same size")
     parser.add_argument("--image-guidance", type=float, help="of InstructPix2Pix models: how closely to keep to --init (default 1.5)")
     parser.add_argument("--ckpt", help="a .safetensors or .ckpt, a diffusers folder, or owner/name on the Hugging Face hub; default: the built-in model")
+    parser.add_argument("--lora", metavar="FILE[:SCALE]", action="append", help="add a LoRA to the model (kohya's, diffusers' or peft's); may be given several times")
+    parser.add_argument("--embedding", metavar="FILE", action="append", help="add a word learned by textual inversion; may be given several times")
     parser.add_argument("--preset", help=f"what kind of model it is, if that is guessed wrong: {', '.join(PRESETS)}")
     parser.add_argument("--prediction", choices=PREDICTIONS, help="what it predicts, if that is guessed wrong")
     parser.add_argument("--save", metavar="PATH", help="write the model to PATH: a .safetensors, else a diffusers folder (fp16, or as --dtype says)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp16 on GPUs; on a CPU bf16 if it computes in it, else fp32")
     parser.add_argument("--lowmem", action="store_true", help="less memory, more time: one network on the device at a time, guidance in two passes, decoding in tiles")
     parser.add_argument("--device", help="cuda, mps or cpu; default: the first of them that is there")
-    parser.add_argument("--out", help="the .png to write; default: named after the prompt")
+    parser.add_argument("--out", help="the .png to write (default: named after the prompt); with --prompts a folder (default: pictures)")
     parser.add_argument("--film", metavar="GIF", help="also write how the picture came about: the model's guess of it at every step")
     parser.add_argument("--attn", metavar="DIR", help="also write, for each word, where in the picture it was looked for (a folder; made if need be)")
     parser.add_argument("--words", help="with --attn: these words of the prompt only, separated by commas")
     args = parser.parse_args()
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
-    if args.prompt is None and args.save is None:
-        parser.error("the following arguments are required: prompt")
     try:
+        if args.source is not None:
+            parser.set_defaults(**stored_settings(Path(args.source)))
+            args = parser.parse_args()
+        if args.prompt is None and args.prompts is None and args.save is None:
+            parser.error("the following arguments are required: prompt")
         if args.save is not None:
             save_as(args)
-        if args.prompt is not None:
+        if args.prompt is not None or args.prompts is not None:
             run(args)
     except UserError as error:
         sys.exit(complain(error))
@@ -564,27 +603,73 @@ def save_as(args: argparse.Namespace) -> None:
     """Read on the CPU, in the precision it is written in."""
     check_new(Path(args.save))
     dtype = DTYPES["fp16" if args.dtype is None else args.dtype]
-    StableDiffusion.load(args.ckpt, "cpu", dtype, preset=args.preset, prediction=args.prediction).save(args.save, dtype)
+    load(args, "cpu", dtype).save(args.save, dtype)
     print(args.save)
+
+
+def load(args: argparse.Namespace, device: str | None, dtype: torch.dtype | None) -> StableDiffusion:
+    """The model asked for, with what is to be put on top of it."""
+    sd = StableDiffusion.load(args.ckpt, device, dtype, args.lowmem, args.preset, args.prediction)
+    for lora in args.lora or []:
+        match = re.fullmatch(r"(.+?)(?::([+-]?\d*\.?\d+))?", lora)
+        apply_lora(sd, match[1], 1.0 if match[2] is None else float(match[2]))
+    for path in args.embedding or []:
+        add_embedding(sd, path)
+    return sd
+
+
+class Job(NamedTuple):
+    prompt: str
+    seed: int
+    path: Path
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """The pictures asked for, in the order of their seeds. Raises UserError, before any work, if they cannot be written."""
+    if args.prompts is None:
+        paths = output_paths("--out", args.out if args.out is not None else file_name(args.prompt), ".png", args)
+        return [Job(args.prompt, args.seed + i, path) for i, path in enumerate(paths)]
+    if given := [option for option in ("prompt", "film", "attn") if getattr(args, option) is not None]:
+        raise UserError(f"--prompts does not go with {given[0]}: leave one of them out")
+    try:
+        lines = [line.strip() for line in Path(args.prompts).read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {args.prompts}: {error}") from error
+    if not lines:
+        raise UserError(f"{args.prompts} is empty: write one prompt a line")
+    folder = Path("pictures" if args.out is None else args.out)
+    make_folder(folder)
+    jobs = [Job(line, args.seed + i, folder / f"{i:04d}-{file_name(line)}") for i, line in enumerate(lines)]
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))  # set by torchrun
+    return jobs[rank * len(jobs) // ranks:(rank + 1) * len(jobs) // ranks]
+
+
+def file_name(prompt: str) -> str:
+    """Limited in bytes, as names of files are."""
+    return (re.sub(r"\W+", "-", prompt).strip("-").encode()[:100].decode(errors="ignore") or "picture") + ".png"
 
 
 def run(args: argparse.Namespace) -> None:
     try:
-        (args.prompt + args.negative).encode()
+        f"{args.prompt} {args.negative}".encode()
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid UTF-8") from error
     for option, needs in ("strength", "init"), ("mask", "init"), ("image_guidance", "init"), ("words", "attn"):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             raise UserError(f"--{option.replace('_', '-')} means nothing without --{needs}: give that too")
-    name = re.sub(r"\W+", "-", args.prompt).strip("-").encode()[:100].decode(errors="ignore") or "picture"  # file names are limited in bytes
-    paths = output_paths("--out", args.out if args.out is not None else name + ".png", ".png", args)
+    if args.batch < 1:
+        raise UserError(f"batch must be at least 1, not {args.batch}")
+    jobs = jobs_of(args)
     films = [] if args.film is None else output_paths("--film", args.film, ".gif", args)
     init, mask = (None if path is None else read_image(path) for path in (args.init, args.mask))
     if args.ckpt is None:
         print("using the built-in model (64x64 emoji). Full size, downloaded once: --ckpt stable-diffusion-v1-5/stable-diffusion-v1-5")
-    sd = StableDiffusion.load(args.ckpt, args.device, None if args.dtype is None else DTYPES[args.dtype], args.lowmem, args.preset, args.prediction)
-    width, height, steps, guidance, sampler, spacing = sd.settings(
-        args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available() else args.device
+    sd = load(args, device, None if args.dtype is None else DTYPES[args.dtype])
+    asked = dict(zip(("width", "height", "steps", "guidance", "sampler", "spacing"),
+                     sd.settings(args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)))
+    if args.negative and sd.sees != "picture" and (asked["guidance"] == 1 or sd.config.unet.time_cond_proj_dim is not None):
+        warnings.warn("the negative prompt does nothing at guidance 1, nor with a model that guides itself")
     words = None if args.attn is None else chosen_words(sd.tokenizer, args)
     maps, guesses = HeatMaps(), []
 
@@ -595,27 +680,59 @@ def run(args: argparse.Namespace) -> None:
         if words is not None:
             maps.step(step)
 
-    with (tqdm(total=sd.steps_run(steps, init, mask, args.strength), unit="step", delay=0.1) as bar,  # none before an error
+    batches = [jobs[i:i + args.batch] for i in range(0, len(jobs), args.batch)]
+    with (tqdm(total=len(batches) * sd.steps_run(asked["steps"], init, mask, args.strength), unit="step", delay=0.1) as bar,  # none before an error
           nullcontext() if words is None else watching(sd.unet, maps.watch)):
-        images = sd.generate(args.prompt, args.negative, width, height, steps, guidance, sampler, seed=args.seed, batch=args.batch,
-                             callback=callback, spacing=spacing, init=init, strength=args.strength, mask=mask,
-                             image_guidance=1.5 if args.image_guidance is None else args.image_guidance, guided_share=args.guided_share)
-    for i, (image, path) in enumerate(zip(images, paths)):
-        about = (f"{args.prompt}\nNegative prompt: {args.negative}\nSteps: {steps}, Sampler: {sampler}, Schedule type: {spacing}, "
-                 f"CFG scale: {guidance}, Seed: {args.seed + i}, Size: {width}x{height}, Model: {Path(args.ckpt or BUILTIN).stem}")
-        if init is not None:
-            about += f", Denoising strength: {sd.usual_strength(mask) if args.strength is None else args.strength}, Init: {args.init}"
-        write(image, path, pnginfo=text_chunk(about))
-        print(path)
+        for batch in batches:
+            images = sd.generate([job.prompt for job in batch], args.negative, **asked, seed=batch[0].seed, callback=callback, init=init,
+                                 strength=args.strength, mask=mask, image_guidance=args.image_guidance, guided_share=args.guided_share)
+            for image, job in zip(images, batch):
+                strength = sd.usual_strength(mask) if init is not None and args.strength is None else args.strength
+                write(image, job.path, pnginfo=text_chunk(parameters(vars(args) | asked | {"prompt": job.prompt, "seed": job.seed, "strength": strength})))
+                tqdm.write(str(job.path))
     for i, path in enumerate(films):
         frames = [sd.decode_latents(guess[i:i + 1])[0] for guess in guesses[:-1]] + [images[i]]
         write(frames[0], path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500], loop=0)
         print(path)
-    for image, path, heat in zip(images, paths, maps.mean()) if words is not None else []:
+    for image, job, heat in zip(images, jobs, maps.mean()) if words is not None else []:
         for word, places in words:
-            file = Path(args.attn) / (f"{path.stem}-{places[0]}-" + re.sub(r"\W", "", word)[:40] + ".png")
+            file = Path(args.attn) / (f"{job.path.stem}-{places[0]}-" + re.sub(r"\W", "", word)[:40] + ".png")
             write(overlay(image, heat[places].sum(0)), file)
             print(file)
+
+
+# --- what a picture was made with, as the text that A1111's and other tools read and write ---
+
+STORED = {  # its name there: the option, and how to read it
+    "Steps": ("steps", int), "Sampler": ("sampler", str), "Schedule type": ("spacing", str), "CFG scale": ("guidance", float), "Seed": ("seed", int),
+    "Denoising strength": ("strength", float), "Init": ("init", str), "Mask": ("mask", str),
+    "Image CFG scale": ("image_guidance", float), "Guided share": ("guided_share", float), "Checkpoint": ("ckpt", str), "Preset": ("preset", str),
+    "Prediction": ("prediction", str), "Lora": ("lora", json.loads), "Embedding": ("embedding", json.loads)}
+
+
+def parameters(options: dict[str, object]) -> str:
+    """Prompt, negative prompt, then a line of the options that are set."""
+    def quoted(value: object) -> str:
+        text = json.dumps(value) if isinstance(value, list) else str(value)
+        return json.dumps(text, ensure_ascii=False) if re.search('[,:"\n]', text) else text
+    said = [f"{name}: {quoted(options[option])}" for name, (option, _) in STORED.items() if options[option] is not None]
+    size, model = f"Size: {options['width']}x{options['height']}", f"Model: {quoted(Path(options['ckpt'] or BUILTIN).stem)}"
+    return f"{options['prompt']}\nNegative prompt: {options['negative']}\n{', '.join([*said, size, model])}"
+
+
+def stored_settings(path: Path) -> dict[str, object]:
+    """And back, from a PNG. Raises UserError if it holds none."""
+    try:
+        with Image.open(path) as image:
+            text = image.info["parameters"].strip()
+        about, _, said = text.rpartition("\n")
+        prompt, _, negative = about.rpartition("\nNegative prompt: ") if "\nNegative prompt: " in about else (about, "", "")
+        found = dict(re.findall(r'([A-Z][\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)', said))
+        width, height = map(int, found["Size"].split("x"))
+        return {"prompt": prompt, "negative": negative, "width": width, "height": height} | {
+            option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} holds no settings of a picture: {type(error).__name__}: {error}") from error
 
 
 def chosen_words(tokenizer: Tokenizer, args: argparse.Namespace) -> list[tuple[str, list[int]]]:

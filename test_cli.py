@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -238,9 +238,95 @@ def test_empty_prompt_is_allowed(tiny, tmp_path, capsys):
     assert (tmp_path / "o.png").exists()
 
 
-def test_cut_prompt_is_told(tiny, tmp_path, capsys):
-    code, err, _ = command(sd_module, capsys, "cat " * 75 + "spaceship moon", "--ckpt", tiny, "--out", tmp_path / "o.png")
-    assert code == 0 and "'spaceship moon'" in err
+def test_what_comes_after_75_tokens_counts(tiny, tmp_path, capsys):
+    for name, end in ("a", "spaceship moon"), ("b", "spaceship sun"):
+        code, err, _ = command(sd_module, capsys, "cat " * 75 + end, "--guidance", 4, "--ckpt", tiny, "--out", tmp_path / f"{name}.png")
+        assert code == 0 and "cut" not in err
+    a, b = (np.asarray(Image.open(tmp_path / f"{name}.png"), float) for name in "ab")
+    assert np.abs(a - b).max() > 0
+
+
+def test_many_prompts_are_the_pictures_of_each(tiny, tmp_path, capsys):
+    """Line i (blank ones not counted) is drawn from seed + i, whatever the batch, and whichever process of several draws it."""
+    (tmp_path / "p.txt").write_text("a cat\n\na (red:1.3) dog\n a cat \na moon\na very long hat\n")
+    ask = ["--ckpt", tiny, "--steps", 2, "--seed", 5]
+    assert command(sd_module, capsys, "--prompts", tmp_path / "p.txt", "--batch", 2, "--out", tmp_path / "all", *ask)[0] == 0
+    names = ["0000-a-cat.png", "0001-a-red-1-3-dog.png", "0002-a-cat.png", "0003-a-moon.png", "0004-a-very-long-hat.png"]
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == names
+    for rank, expected in enumerate([names[:1], names[1:3], names[3:]]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "3"), patch.setenv("RANK", str(rank))
+            assert command(sd_module, capsys, "--prompts", tmp_path / "p.txt", "--batch", 4, "--out", tmp_path / f"r{rank}", *ask)[0] == 0
+        assert sorted(p.name for p in (tmp_path / f"r{rank}").iterdir()) == expected
+        for name in expected:
+            assert np.abs(np.asarray(Image.open(tmp_path / f"r{rank}" / name), float) - np.asarray(Image.open(tmp_path / "all" / name))).max() <= 1
+    assert command(sd_module, capsys, "a (red:1.3) dog", *ask[:-1], 6, "--out", tmp_path / "one.png")[0] == 0
+    one, among = (Image.open(tmp_path / name) for name in ("one.png", "all/0001-a-red-1-3-dog.png"))
+    assert one.text["parameters"] == among.text["parameters"]
+    assert np.abs(np.asarray(one, float) - np.asarray(among)).max() <= 1
+
+
+@pytest.mark.parametrize("more, said", [
+    (["--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
+    (["--prompts", "EMPTY"], "is empty: write one prompt a line"),
+    (["--prompts", "FULL", "--film", "f.gif"], "--prompts does not go with film"),
+    (["a cat", "--prompts", "FULL"], "--prompts does not go with prompt"),
+    (["--from", "missing.png"], "missing.png holds no settings"),
+    (["--from", "PLAIN"], "holds no settings of a picture"),
+    (["a cat", "--lora", "missing.safetensors:0.5"], "no such file: missing.safetensors"),
+    (["a cat", "--embedding", "missing.safetensors"], "no such file: missing.safetensors"),
+    (["a cat", "--batch", 0], "batch must be at least 1"),
+])
+def test_wrong_use_of_many_prompts_and_of_additions(more, said, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").write_text("\n \n")
+    (tmp_path / "FULL").write_text("a cat\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "PLAIN", "PNG")
+    code, err, _ = command(sd_module, capsys, *more, "--ckpt", tiny)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_negative_prompt_that_does_nothing_is_told(tiny, tmp_path, capsys):
+    for guidance, told in (1, True), (2, False):
+        _, err, _ = command(sd_module, capsys, "a cat", "--negative", "blue", "--guidance", guidance, "--ckpt", tiny, "--out", tmp_path / "o.png")
+        assert ("the negative prompt does nothing at guidance 1" in err) == told
+
+
+def test_image_guidance_elsewhere_is_told(tiny, tmp_path, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "i.png")
+    code, err, _ = command(sd_module, capsys, "a cat", "--init", tmp_path / "i.png", "--image-guidance", 2, "--ckpt", tiny, "--out", tmp_path / "o.png")
+    assert code == 2 and "image guidance is for models that change pictures by instruction" in err
+
+
+def test_picture_is_drawn_again_from_itself(tiny, tmp_path, capsys):
+    """All that is stored comes back, commas, quotes and newlines too; what is given beside --from overrules it."""
+    from lora import LoRA
+    beside = LoRA(StableDiffusion.load(tiny), 2, text=True)
+    for pair in beside.layers.values():
+        torch.nn.init.normal_(pair["lora_up"].weight)
+    beside.save(tmp_path / "a, b: c.safetensors")
+    save_file({"<zz>": torch.randn(2, 32)}, tmp_path / "w.safetensors")
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "i, 1.png")
+    Image.new("L", (40, 32), 255).save(tmp_path / "m.png")
+    first = ["naïve <zz>, a \"(cat:1.2)\"\nNegative prompts: none", "--negative", "grey, \nblue: 1", "--steps", 3, "--guidance", 2.5, "--seed", 7, "--width", 40,
+             "--sampler", "euler_a", "--spacing", "karras", "--ckpt", tiny, "--lora", f"{tmp_path / 'a, b: c.safetensors'}:0.5", "--lora",
+             f"{tmp_path / 'a, b: c.safetensors'}:-0.2", "--embedding", tmp_path / "w.safetensors", "--init", tmp_path / "i, 1.png", "--strength", 0.9,
+             "--mask", tmp_path / "m.png", "--guided-share", 0.5]
+    assert command(sd_module, capsys, *first, "--out", tmp_path / "1.png")[0] == 0
+    assert command(sd_module, capsys, "--from", tmp_path / "1.png", "--out", tmp_path / "2.png")[0] == 0
+    assert command(sd_module, capsys, "--from", tmp_path / "1.png", "--seed", 8, "--out", tmp_path / "3.png")[0] == 0
+    one, two, three = (Image.open(tmp_path / f"{i}.png") for i in (1, 2, 3))
+    assert one.text == two.text and np.array_equal(np.asarray(one), np.asarray(two))
+    assert three.text["parameters"] == one.text["parameters"].replace("Seed: 7", "Seed: 8") and not np.array_equal(np.asarray(one), np.asarray(three))
+
+
+def test_settings_as_other_tools_write_them_are_read(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a cat, (red:1.2)\nNegative prompt: ugly\nSteps: 20, Sampler: euler, CFG scale: 7, Seed: 42, Size: 512x768, Model hash: 6ce0161689, "
+                                "Model: v1-5-pruned, Hashes: {\"model\": \"6ce0\"}, Version: v1.9.4")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    assert sd_module.stored_settings(tmp_path / "x.png") == {
+        "prompt": "a cat, (red:1.2)", "negative": "ugly", "width": 512, "height": 768, "steps": 20, "sampler": "euler", "guidance": 7.0, "seed": 42}
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])

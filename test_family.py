@@ -296,6 +296,20 @@ def test_lcm_draws_what_diffusers_draws(row, pipeline, steps):
     agree(ours(sd, steps=steps, guidance=1.0, sampler="lcm"), theirs(pipe, num_inference_steps=steps, guidance_scale=0.0, width=64, height=64), 100)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 8.5])
+def test_lcm_that_guides_itself_draws_what_diffusers_draws(guidance):
+    """The scale goes into the time embedding; one pass, and no negative prompt."""
+    sd, pipe = pair("lcm")
+    pipe = diffusers.LatentConsistencyModelPipeline(**pipe.components | {"scheduler": diffusers.LCMScheduler(**BETAS)}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    sd.unet.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    drawn = ours(sd, guidance=guidance, negative_prompt="blue")
+    assert calls == [1] * 4
+    agree(drawn, theirs(pipe, num_inference_steps=4, guidance_scale=guidance, width=64, height=64), 100)
+    assert psnr(drawn[0], ours(sd, guidance=3.0)[0]) < 50
+
+
 def test_times_of_lcm():
     for steps in range(1, 51):
         reference = diffusers.LCMScheduler(**BETAS)

@@ -42,10 +42,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 HERE = Path(__file__).parent
 XL, INPAINT, PIX2PIX = diffusers.StableDiffusionXLPipeline, diffusers.StableDiffusionInpaintPipeline, diffusers.StableDiffusionInstructPix2PixPipeline
 PIPELINES = {"sd1": diffusers.StableDiffusionPipeline, "sd1-inpaint": INPAINT, "instruct-pix2pix": PIX2PIX, "sd2-base": diffusers.StableDiffusionPipeline,
-             "sd2": diffusers.StableDiffusionPipeline, "sd-turbo": diffusers.StableDiffusionPipeline, "sdxl": XL, "sdxl-turbo": XL}
+             "sd2": diffusers.StableDiffusionPipeline, "sd-turbo": diffusers.StableDiffusionPipeline, "sdxl": XL, "sdxl-turbo": XL,
+             "lcm": diffusers.StableDiffusionPipeline}
 TURBO = {"sd-turbo": "EulerDiscreteScheduler", "sdxl-turbo": "EulerAncestralDiscreteScheduler"}  # as their folders are published
 FAMILIES = {"sd1": ("sd1",), "sd1-inpaint": ("sd1-inpaint",), "instruct-pix2pix": ("instruct-pix2pix",), "sd2-base": ("sd2-base", "sd2", "sd-turbo"),
-            "sd2": ("sd2-base", "sd2", "sd-turbo"), "sd-turbo": ("sd2-base", "sd2", "sd-turbo"), "sdxl": ("sdxl", "sdxl-turbo"), "sdxl-turbo": ("sdxl", "sdxl-turbo")}
+            "sd2": ("sd2-base", "sd2", "sd-turbo"), "sd-turbo": ("sd2-base", "sd2", "sd-turbo"), "sdxl": ("sdxl", "sdxl-turbo"), "sdxl-turbo": ("sdxl", "sdxl-turbo"),
+            "lcm": ("lcm",)}
 WHITE = Image.new("L", (64, 64), 255)  # a mask: all of the picture is drawn anew
 
 

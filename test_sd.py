@@ -87,8 +87,11 @@ def reference_unet(cfg: UNetConfig, state: dict, **more) -> nn.Module:
             layers_per_block=cfg.num_res_blocks, down_block_types=kinds("Down"), up_block_types=kinds("Up")[::-1],
             cross_attention_dim=cfg.context_dim, attention_head_dim=cfg.num_heads, norm_num_groups=cfg.num_groups,
             transformer_layers_per_block=[depth or 1 for depth in cfg.transformer_depth], use_linear_projection=cfg.use_linear, sample_size=64,
+            time_cond_proj_dim=cfg.time_cond_proj_dim,
             **dict(class_embed_type=cfg.adm_in_channels and "projection", projection_class_embeddings_input_dim=cfg.adm_in_channels) | more)
-    unet.load_state_dict(convert_ldm_unet_checkpoint(state, unet.config), strict=True, assign=True)
+    state = convert_ldm_unet_checkpoint(state, unet.config) | {  # which does not know this one
+        "time_embedding.cond_proj.weight": t for name, t in state.items() if name.endswith("cond_proj.weight")}
+    unet.load_state_dict(state, strict=True, assign=True)
     return unet.eval().requires_grad_(False)
 
 
@@ -255,6 +258,42 @@ def test_known_ids():
     assert tokenizer("").tolist() == [[49406] + [49407] * 76]
     assert [i for i, _ in tokenizer.tokens("4k !")] == [275, 330, 256]
     assert tokenizer(["a", "b", "c"]).shape == (3, 77)
+
+
+def test_long_prompts_are_rows_of_75():
+    """Each row with its own start and end, the shorter prompt's others empty, all as transformers encodes them; the vectors stand one row after the other."""
+    sd = random_model()
+    reference, ids = reference_text(SMALL.text, sd.state_dict()), reference_tokenizer()
+    prompts = ["a cat", " ".join(f"word{i}" for i in range(40))]
+    tokens = ids(prompts[1], add_special_tokens=False).input_ids
+    assert 75 < len(tokens) <= 150
+    rows = [[49406, *ids(prompts[0], add_special_tokens=False).input_ids], [49406], [49406, *tokens[:75]], [49406, *tokens[75:]]]
+    rows = torch.tensor([row + [49407] * (77 - len(row)) for row in rows])
+    theirs = reference(rows).last_hidden_state.reshape(2, 154, -1)
+    assert relative_error(sd.condition(prompts)["context"], theirs) < 1e-5
+    weighted = sd.told(["a cat"], prompts[1], 7.5, 64, 64)
+    assert [told["context"].shape[1] for _, told in weighted] == [154, 154]
+    assert relative_error(weighted[1][1]["context"], theirs[:1]) < 1e-5
+
+
+def test_weighted_words():
+    """The vectors of the words in brackets are multiplied, then all brought back to the mean they had; brackets and numbers are no tokens."""
+    sd = random_model()
+    plain, = sd.condition(["a red, big apple"])["context"]
+    places = torch.tensor([2, 3, 4])                                                # "red", ",", "big"
+    factors = torch.ones(77).index_fill(0, places, 1.3)
+    factors[5] = 0.5                                                                # "apple"
+    expected = plain * factors[:, None]
+    expected = expected * (plain.mean() / expected.mean())
+    found, = sd.condition(["a (red, big:1.3) (apple:.5)"])["context"]
+    assert relative_error(found, expected) < 1e-5
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("prompt", ["a red apple", "(a red apple)", "((red)) [apple]", "a (red: apple)", ":1.3)", ""])
+def test_a_plain_prompt_is_the_single_row_it_was(prompt):
+    sd = random_model()
+    assert torch.equal(sd.condition([prompt])["context"], sd.text(sd.tokenizer([prompt])))
 
 
 def test_a_cut_prompt_keeps_its_end_and_warns_with_the_words_cut():
