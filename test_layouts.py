@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sd as sd_module
+import train
 from checkpoint import diffusers_name, find, in_folder, needed
 from clip import MERGES
 from sampler import ALPHAS_CUMPROD
@@ -331,6 +332,26 @@ def test_files_written_from_folders_open_in_diffusers(rows, tmp_path, name, pipe
     draw = functools.partial(their_picture, name=name, num_inference_steps=8, guidance_scale=5.0)
     ours, = sd.generate(PROMPTS["prompt"], seed=5, steps=8, guidance=5.0, sampler="ddim")
     assert psnr(draw(pipe), draw(reference)) >= 60 and psnr(draw(pipe), ours) >= 50
+
+
+def test_a_fine_tune_opens_in_diffusers(rows, tmp_path, monkeypatch):
+    """What train.py leaves is an official single file: diffusers draws the same picture with it, and another than before."""
+    rows("sd1")
+    _, reference = model_and_pipeline("sd1")
+    folder = their_folder("sd1", tmp_path / "f")
+    StableDiffusion.load(folder, "cpu", torch.float32).save(tmp_path / "a.safetensors", torch.float32)
+    (tmp_path / "data").mkdir()
+    for i, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (64, 64), color).save(tmp_path / "data" / f"{i}.png")
+        (tmp_path / "data" / f"{i}.txt").write_text(f"a {color} square\n")
+    monkeypatch.setattr("sys.argv", ["train.py", "--data", str(tmp_path / "data"), "--init", str(tmp_path / "a.safetensors"), "--out", str(tmp_path / "run"),
+                                     "--steps", "3", "--batch", "2", "--lr", "1e-2", "--warmup", "0", "--ema", "0", "--sample-every", "1000", "--device", "cpu"])
+    train.main()
+    tuned = tmp_path / "run" / "model.safetensors"
+    pipe = diffusers.StableDiffusionPipeline.from_single_file(tuned, config=str(folder), local_files_only=True)
+    draw = functools.partial(their_picture, name="sd1", num_inference_steps=8, guidance_scale=5.0)
+    ours, = StableDiffusion.load(tuned, "cpu", torch.float32).generate(PROMPTS["prompt"], seed=5, steps=8, guidance=5.0, sampler="ddim")
+    assert psnr(draw(pipe), ours) >= 50 and psnr(draw(reference), ours) < 40
 
 
 def test_a_file_with_its_last_layer_becomes_a_folder_without(rows, tmp_path):
