@@ -4,17 +4,18 @@ Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models
 the UNet's way down and middle, which also sees the hint, is trained; what it finds is added to the UNet's skips and middle, each through a 1x1
 convolution that starts at zero, so that training starts from the UNet as it was.
 
-            the UNet, frozen                                 the copy                     hint (1, 3, H, W) in [0, 1]
-    x -> input_blocks.0 ----- skip ----> (+) <-- zero_convs.0 <-- input_blocks.0 (x) + input_hint_block ----'
-              |                           |                            |
-         input_blocks.1 ----- skip --> (+) <---- zero_convs.1 <-- input_blocks.1
-              :                         | |                            :
-         middle_block --> (+) <----------------- middle_block_out <-- middle_block
-                           |            | |
-                           '--------> output_blocks -> noise
+             the UNet, frozen                             the copy
+    x -> input_blocks.0 -----> (+) <--- zero_convs.0 <--- input_blocks.0 (x) + input_hint_block (hint)
+               |                |                               |
+         input_blocks.1 -----> (+) <--- zero_convs.1 <--- input_blocks.1
+               :                :            :                  :
+         middle_block -------> (+) <- middle_block_out <- middle_block
+                                |
+                                '--> output_blocks -> noise
 
     python examples/controlnet.py "a bird" --control edges.png --controlnet control_sd15_canny.safetensors --ckpt v1-5-pruned-emaonly.safetensors
     python examples/controlnet.py "a red apple" --control any.png         the built-in model, and a copy that is not trained yet: it changes nothing
+    python examples/train_controlnet.py outlines.safetensors              trains it, in minutes
 """
 import argparse
 import math
@@ -25,14 +26,15 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to import the files above
 from checkpoint import UserError, check_names_and_shapes, diffusers_name, open_tensors  # noqa: E402
-from model import TimestepEmbedSequential, UNetModel, timestep_embedding, zero  # noqa: E402
-from sd import StableDiffusion, output_paths, pixels, read_image, write  # noqa: E402
+from model import UNetModel, timestep_embedding, zero  # noqa: E402
+from sd import StableDiffusion, on_white, output_paths, pixels, read_image, write  # noqa: E402
 
 
 class ControlNet(nn.Module):
@@ -49,26 +51,26 @@ class ControlNet(nn.Module):
             if hasattr(unet, part):
                 setattr(self, part, deepcopy(getattr(unet, part)))
         widths = [cfg.model_channels * m for i, m in enumerate(cfg.channel_mult) for _ in range(cfg.num_res_blocks + (i < len(cfg.channel_mult) - 1))]
-        self.zero_convs = nn.ModuleList(TimestepEmbedSequential(zero(nn.Conv2d(c, c, 1))) for c in [cfg.model_channels, *widths])
-        self.middle_block_out = TimestepEmbedSequential(zero(nn.Conv2d(widths[-1], widths[-1], 1)))
+        self.zero_convs = nn.ModuleList(nn.Sequential(zero(nn.Conv2d(c, c, 1))) for c in [cfg.model_channels, *widths])
+        self.middle_block_out = nn.Sequential(zero(nn.Conv2d(widths[-1], widths[-1], 1)))
         layers, c = [nn.Conv2d(3, 16, 3, padding=1)], 16
         for c_out in 32, 96, 256:  # each to half the size: f = 8, as the VAE
             layers += [nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, c_out, 3, stride=2, padding=1)]
             c = c_out
-        self.input_hint_block = TimestepEmbedSequential(*layers, nn.SiLU(), zero(nn.Conv2d(c, cfg.model_channels, 3, padding=1)))
+        self.input_hint_block = nn.Sequential(*layers, nn.SiLU(), zero(nn.Conv2d(c, cfg.model_channels, 3, padding=1)))
 
     def forward(self, hint: Tensor, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> list[Tensor]:
         dtype = self.time_embed[0].weight.dtype
-        context = context.to(dtype)
+        x, hint, context = x.to(dtype), hint.to(dtype), context.to(dtype)
         emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(dtype))
-        if y is not None and self.cfg.adm_in_channels is not None:
+        if y is not None:
             emb = emb + self.label_emb(y.to(dtype))
         first, *others = self.input_blocks
-        found = [first(x.to(dtype), emb, context) + self.input_hint_block(hint.to(dtype), emb, context)]
+        found = [first(x, emb, context) + self.input_hint_block(hint)]
         for block in others:
             found.append(block(found[-1], emb, context))
         middle = self.middle_block(found[-1], emb, context)
-        return [conv(h, emb, context) for conv, h in zip([*self.zero_convs, self.middle_block_out], [*found, middle])]
+        return [conv(h) for conv, h in zip([*self.zero_convs, self.middle_block_out], [*found, middle])]
 
 
 @contextmanager
@@ -135,11 +137,24 @@ def load(path: str | Path, sd: StableDiffusion) -> ControlNet:
     return control.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
+def hints(images: list[Image.Image]) -> Tensor:
+    """PIL pictures of one size -> (B, 3, H, W) in [0, 1]."""
+    return pixels(images) / 2 + 0.5
+
+
+def outlines(image: Image.Image) -> Image.Image:
+    """White lines on black where a picture's colour leaps: a rough stand-in for Canny's edges."""
+    a = np.asarray(on_white(image), dtype=np.int16)
+    leap = np.abs(np.diff(a, axis=0, append=a[-1:])) + np.abs(np.diff(a, axis=1, append=a[:, -1:]))
+    return Image.fromarray(np.uint8(255 * (leap.max(-1) > 40)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
     parser.add_argument("--control", required=True, metavar="IMG", help="the hint, of the kind the ControlNet was trained with: white edges on black, ...")
     parser.add_argument("--controlnet", metavar="PATH", help="a file, or a diffusers folder; default: a fresh copy of the UNet, which changes nothing")
+    parser.add_argument("--outlines", action="store_true", help="draw the outlines of IMG and take those")
     parser.add_argument("--scale", type=float, default=1.0, help="what the ControlNet adds is multiplied by this (default 1)")
     parser.add_argument("--ckpt", help="the model it goes with, as for sd.py; default: the built-in one")
     parser.add_argument("--out", default="controlled.png", help="the .png to write (default controlled.png)")
@@ -157,13 +172,17 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     if not math.isfinite(args.scale):
         raise UserError(f"the scale must be a number, not {args.scale}")
-    paths, control_image = output_paths("--out", args.out, ".png", args), read_image(args.control)
+    paths = output_paths("--out", args.out, ".png", args)
+    control_image = read_image(args.control)
     sd = StableDiffusion.load(args.ckpt)
+    if sd.sees != "noise":
+        raise UserError(f"{args.ckpt} changes pictures; this draws from noise and the hint: give another --ckpt")
     if args.controlnet is None:
         print("no --controlnet: a fresh copy of the UNet, which changes nothing until it is trained")
     control = ControlNet(sd.unet).to(sd.unet.out[2].weight) if args.controlnet is None else load(args.controlnet, sd)
     width, height, *_ = sd.settings(args.width, args.height, args.steps, args.guidance, None, None)
-    hint = (pixels([ImageOps.fit(control_image, (width, height), Image.Resampling.LANCZOS)]) / 2 + 0.5).to(sd.device)
+    image = ImageOps.fit(control_image, (width, height), Image.Resampling.LANCZOS)
+    hint = hints([outlines(image) if args.outlines else image]).to(sd.device)
     with controlled(sd.unet, control, hint, args.scale):
         images = sd.generate(args.prompt, args.negative, width, height, args.steps, args.guidance, seed=args.seed, batch=args.batch)
     for image, path in zip(images, paths):

@@ -2,6 +2,7 @@
 import gzip
 import re
 import sys
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from clip import MERGES  # noqa: E402
 from controlnet import ControlNet, controlled, diffusers_control_name, load  # noqa: E402
 from model import UNetModel  # noqa: E402
 from sd import PRESETS, BUILTIN, StableDiffusion, UserError  # noqa: E402
-from test_cli import command  # noqa: E402
-from test_family import SDXL_UNET, agree, ours, pair, theirs  # noqa: E402
-from test_sd import on_meta, psnr, randomise, relative_error, same_numbers_every_time, scheduler  # noqa: E402, F401
+from test_cli import DOCS, command  # noqa: E402
+from test_family import SDXL_UNET, agree, ours, pair, small, theirs  # noqa: E402
+from test_sd import on_meta, psnr, random_model, randomise, relative_error, same_numbers_every_time, scheduler  # noqa: E402, F401
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 torch.set_num_threads(1)
@@ -205,7 +206,18 @@ def test_without_a_controlnet_the_command_draws_as_ever(tmp_path, capsys):
     drawing().save(tmp_path / "edges.png")
     code, err, out = run(capsys, "--control", tmp_path / "edges.png", "--seed", 4, "--steps", 3, "--out", tmp_path / "x.png")
     assert code == 0 and "no --controlnet" in out
-    assert np.array_equal(Image.open(tmp_path / "x.png"), StableDiffusion.load(BUILTIN).generate("a red apple", seed=4, steps=3)[0])
+    plain, = StableDiffusion.load(BUILTIN).generate("a red apple", seed=4, steps=3)
+    assert np.array_equal(Image.open(tmp_path / "x.png"), plain)
+
+
+def test_outlines_of_a_picture_are_taken_as_the_hint(tmp_path, capsys, monkeypatch):
+    photo = Image.open(DOCS).convert("RGB").crop((0, 0, 64, 64))
+    photo.save(tmp_path / "photo.png")
+    seen = []
+    monkeypatch.setattr(controlnet, "controlled", lambda unet, control, hint, scale: seen.append((hint, scale)) or nullcontext())
+    assert run(capsys, "--control", tmp_path / "photo.png", "--outlines", "--steps", 1, "--out", tmp_path / "x.png")[0] == 0
+    (found, scale), = seen
+    assert scale == 1 and torch.equal(found, hint(controlnet.outlines(photo).convert("RGB"))) and 0.02 < found.mean() < 0.5
 
 
 def test_with_one_it_draws_as_from_python(tmp_path, capsys):
@@ -232,6 +244,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, capsys):
     reference.save_pretrained(tmp_path / "narrow")
     builtin = {key: tensor.contiguous() for key, tensor in ControlNet(StableDiffusion.load(BUILTIN).unet).state_dict().items()}
     save_file({key: tensor for key, tensor in builtin.items() if key != "zero_convs.1.0.bias"}, tmp_path / "cut.safetensors")
+    random_model(small("sd1-inpaint")).save(tmp_path / "inpaint.safetensors")
     edges, out = ("--control", tmp_path / "edges.png"), ("--out", tmp_path / "x.png")
     before = set(tmp_path.iterdir())
     for said, args in {
@@ -248,6 +261,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, capsys):
         "goes with a UNet 128 channels wide": (*edges, *out, "--controlnet", tmp_path / "narrow"),
         "1 missing: zero_convs.1.0.bias": (*edges, *out, "--controlnet", tmp_path / "cut.safetensors"),
         "multiples of 8": (*edges, *out, "--width", 63),
+        "inpaint.safetensors changes pictures": (*edges, *out, "--ckpt", tmp_path / "inpaint.safetensors"),
         "no such file: .*none.ckpt": (*edges, *out, "--ckpt", tmp_path / "none.ckpt"),
     }.items():
         code, err, _ = run(capsys, *args)
