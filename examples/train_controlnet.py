@@ -37,7 +37,9 @@ def moved(image: Image.Image, chance: random.Random) -> Image.Image:
 
 
 def train(sd: StableDiffusion, captions: list[str], steps: int, seed: int, batch: int = 16) -> ControlNet:
-    chance, _ = random.Random(seed), torch.manual_seed(seed)
+    """A ControlNet that has learned, for so many steps, to tell the UNet where things are by their outlines. Section 3.3 of the paper."""
+    torch.manual_seed(seed)
+    chance = random.Random(seed)
     control = ControlNet(sd.unet).requires_grad_()
     optimizer = torch.optim.AdamW(control.parameters(), fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
