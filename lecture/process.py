@@ -41,7 +41,7 @@ def sigmas_of(steps: int) -> list[float]:
 
 def told(sd: StableDiffusion, prompt: str, guidance: float | None = None) -> list[tuple[float, dict[str, Tensor]]]:
     """What the UNet is told: with weight 1 - guidance no text, with weight guidance the prompt. Their weighted guesses add up to the guided one."""
-    return sd.told(prompt, "", sd.config.guidance if guidance is None else guidance, sd.config.size, sd.config.size, batch=1)
+    return sd.told([prompt], "", sd.config.guidance if guidance is None else guidance, sd.config.size, sd.config.size)
 
 
 @torch.no_grad()
