@@ -266,6 +266,15 @@ def test_many_prompts_are_the_pictures_of_each(tiny, tmp_path, capsys):
     assert np.abs(np.asarray(one, float) - np.asarray(among)).max() <= 1
 
 
+def test_a_long_prompt_changes_no_other_picture(tiny, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat\n" + "dog " * 90 + "\na moon\na sun\n")
+    ask = ["--ckpt", tiny, "--steps", 2, "--guidance", 4, "--batch"]
+    for batch in 1, 4:
+        assert command(sd_module, capsys, "--prompts", tmp_path / "p.txt", *ask, batch, "--out", tmp_path / str(batch))[0] == 0
+    for one in (tmp_path / "1").iterdir():
+        assert np.abs(np.asarray(Image.open(one), float) - np.asarray(Image.open(tmp_path / "4" / one.name))).max() <= 1
+
+
 @pytest.mark.parametrize("more, said", [
     (["--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
     (["--prompts", "EMPTY"], "is empty: write one prompt a line"),
