@@ -586,7 +586,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
     try:
         if args.source is not None:
-            parser.set_defaults(**stored_settings(Path(args.source)))
+            stored = stored_settings(Path(args.source)) | ({} if args.prompts is None else {"prompt": None})
+            parser.set_defaults(**{option: value for option, value in stored.items() if getattr(args, option) == parser.get_default(option)})
             args = parser.parse_args()
         if args.prompt is None and args.prompts is None and args.save is None:
             parser.error("the following arguments are required: prompt")
@@ -617,7 +618,7 @@ def load(args: argparse.Namespace, device: str | None, dtype: torch.dtype | None
     """The model asked for, with what is to be put on top of it."""
     sd = StableDiffusion.load(args.ckpt, device, dtype, args.lowmem, args.preset, args.prediction)
     for lora in args.lora or []:
-        match = re.fullmatch(r"(.+?)(?::([+-]?\d*\.?\d+))?", lora)
+        match = re.fullmatch(r"(?s)(.*?)(?::([+-]?\d*\.?\d+))?", lora)
         apply_lora(sd, match[1], 1.0 if match[2] is None else float(match[2]))
     for path in args.embedding or []:
         add_embedding(sd, path)
@@ -731,14 +732,14 @@ def stored_settings(path: Path) -> dict[str, object]:
     """And back, from a PNG. Raises UserError if it holds none."""
     try:
         with Image.open(path) as image:
-            text = image.info["parameters"].strip()
-        about, _, said = text.rpartition("\n")
-        prompt, _, negative = about.rpartition("\nNegative prompt: ") if "\nNegative prompt: " in about else (about, "", "")
+            about, _, said = ("\n" + image.info["parameters"].rstrip()).rpartition("\n")
+        prompt, mark, negative = about.rpartition("\nNegative prompt: ")
+        prompt, negative = (prompt[1:], negative) if mark else (about[1:], "")
         found = dict(re.findall(r'([A-Z][\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)', said))
         width, height = map(int, found["Size"].split("x"))
         return {"prompt": prompt, "negative": negative, "width": width, "height": height} | {
             option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} holds no settings of a picture: {type(error).__name__}: {error}") from error
 
 
