@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -223,7 +224,7 @@ class StableDiffusion:
         SDXL's y goes on with the picture's size (Podell et al. 2023, section 2.2): original height and width, top and left of the
         cut, target height and width, each as a timestep embedding. None: the preset's size.
         """
-        told, rows = [], max([rows] + [tokenizer.rows(prompts)[0].shape[1] for tokenizer in self.tokenizers])
+        told, rows = [], max(rows, self.rows(prompts))
         for encoder, tokenizer in zip(self.encoders, self.tokenizers):
             tokens, weights = tokenizer.rows(prompts, rows)  # (B, N, 77)
             with self.at_work(encoder):
@@ -239,6 +240,10 @@ class StableDiffusion:
             sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
             y = torch.cat([y, timestep_embedding(sizes, room // 6).flatten().expand(len(y), -1).to(y)], dim=1)
         return {"context": context, "y": y}
+
+    def rows(self, prompts: list[str]) -> int:
+        """How many rows of 77 tokens the longest of them takes."""
+        return max(tokenizer.rows(prompts)[0].shape[1] for tokenizer in self.tokenizers)
 
     @torch.no_grad()
     def encode_image(self, images: list[Image.Image], noise: Tensor | None = None) -> Tensor:
@@ -268,7 +273,8 @@ class StableDiffusion:
                  callback: Callable[[Step], None] | None = None, spacing: str | None = None,
                  init: Image.Image | None = None, strength: float | None = None, mask: Image.Image | None = None,
                  image_guidance: float | None = None, guided_share: float | None = None) -> list[Image.Image]:
-        """`batch` pictures of the prompt, or one of each of several prompts; picture i from seed + i. None: the preset's (or sampler's) own default.
+        """`batch` pictures of the prompt, or one of each of several prompts, as long as the longest; picture i from seed + i. None: the preset's (or
+        sampler's) own default.
 
         With `init`, starts from that picture, noised to `strength` of the way (SDEdit, Meng et al. 2022; default 0.75): int(steps * strength)
         steps are run; at 1 nothing of it is left. With `mask` too, only what is white there is drawn anew (strength: default 1).
@@ -334,7 +340,7 @@ class StableDiffusion:
 
     def told(self, prompts: list[str], negative_prompt: str, guidance: float, width: int, height: int) -> list[tuple[float, dict[str, Tensor]]]:
         """The two conditions of classifier-free guidance, for `sampler.mixed`: the negative prompt's and, last, the prompts' (B, ...)."""
-        rows = max(tokenizer.rows([*prompts, negative_prompt])[0].shape[1] for tokenizer in self.tokenizers)  # as many of both
+        rows = self.rows([*prompts, negative_prompt])  # as many of both
         different = list(dict.fromkeys(prompts))
         condition = {name: c[[different.index(prompt) for prompt in prompts]] for name, c in self.condition(different, width, height, rows).items()}
         if self.config.unet.time_cond_proj_dim is not None:  # the model was taught to guide itself
@@ -580,7 +586,8 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
     try:
         if args.source is not None:
-            parser.set_defaults(**stored_settings(Path(args.source)))
+            stored = stored_settings(Path(args.source)) | ({} if args.prompts is None else {"prompt": None})
+            parser.set_defaults(**{option: value for option, value in stored.items() if getattr(args, option) == parser.get_default(option)})
             args = parser.parse_args()
         if args.prompt is None and args.prompts is None and args.save is None:
             parser.error("the following arguments are required: prompt")
@@ -611,7 +618,7 @@ def load(args: argparse.Namespace, device: str | None, dtype: torch.dtype | None
     """The model asked for, with what is to be put on top of it."""
     sd = StableDiffusion.load(args.ckpt, device, dtype, args.lowmem, args.preset, args.prediction)
     for lora in args.lora or []:
-        match = re.fullmatch(r"(.+?)(?::([+-]?\d*\.?\d+))?", lora)
+        match = re.fullmatch(r"(?s)(.*?)(?::([+-]?\d*\.?\d+))?", lora)
         apply_lora(sd, match[1], 1.0 if match[2] is None else float(match[2]))
     for path in args.embedding or []:
         add_embedding(sd, path)
@@ -680,7 +687,8 @@ def run(args: argparse.Namespace) -> None:
         if words is not None:
             maps.step(step)
 
-    batches = [jobs[i:i + args.batch] for i in range(0, len(jobs), args.batch)]
+    alike = [list(group) for _, group in groupby(jobs, lambda job: sd.rows([job.prompt]))]  # longer neighbours would change a picture
+    batches = [group[i:i + args.batch] for group in alike for i in range(0, len(group), args.batch)]
     with (tqdm(total=len(batches) * sd.steps_run(asked["steps"], init, mask, args.strength), unit="step", delay=0.1) as bar,  # none before an error
           nullcontext() if words is None else watching(sd.unet, maps.watch)):
         for batch in batches:
@@ -724,14 +732,14 @@ def stored_settings(path: Path) -> dict[str, object]:
     """And back, from a PNG. Raises UserError if it holds none."""
     try:
         with Image.open(path) as image:
-            text = image.info["parameters"].strip()
-        about, _, said = text.rpartition("\n")
-        prompt, _, negative = about.rpartition("\nNegative prompt: ") if "\nNegative prompt: " in about else (about, "", "")
+            about, _, said = ("\n" + image.info["parameters"].rstrip()).rpartition("\n")
+        prompt, mark, negative = about.rpartition("\nNegative prompt: ")
+        prompt, negative = (prompt[1:], negative) if mark else (about[1:], "")
         found = dict(re.findall(r'([A-Z][\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)', said))
         width, height = map(int, found["Size"].split("x"))
         return {"prompt": prompt, "negative": negative, "width": width, "height": height} | {
             option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} holds no settings of a picture: {type(error).__name__}: {error}") from error
 
 

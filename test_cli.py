@@ -266,6 +266,15 @@ def test_many_prompts_are_the_pictures_of_each(tiny, tmp_path, capsys):
     assert np.abs(np.asarray(one, float) - np.asarray(among)).max() <= 1
 
 
+def test_a_long_prompt_changes_no_other_picture(tiny, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat\n" + "dog " * 90 + "\na moon\na sun\n")
+    ask = ["--ckpt", tiny, "--steps", 2, "--guidance", 4, "--batch"]
+    for batch in 1, 4:
+        assert command(sd_module, capsys, "--prompts", tmp_path / "p.txt", *ask, batch, "--out", tmp_path / str(batch))[0] == 0
+    for one in (tmp_path / "1").iterdir():
+        assert np.abs(np.asarray(Image.open(one), float) - np.asarray(Image.open(tmp_path / "4" / one.name))).max() <= 1
+
+
 @pytest.mark.parametrize("more, said", [
     (["--prompts", "missing.txt"], "cannot read the prompts in missing.txt"),
     (["--prompts", "EMPTY"], "is empty: write one prompt a line"),
@@ -273,6 +282,8 @@ def test_many_prompts_are_the_pictures_of_each(tiny, tmp_path, capsys):
     (["a cat", "--prompts", "FULL"], "--prompts does not go with prompt"),
     (["--from", "missing.png"], "missing.png holds no settings"),
     (["--from", "PLAIN"], "holds no settings of a picture"),
+    (["--from", "HUGE"], "holds no settings of a picture: DecompressionBombError"),
+    (["a cat", "--lora", ""], "no such file: "),
     (["a cat", "--lora", "missing.safetensors:0.5"], "no such file: missing.safetensors"),
     (["a cat", "--embedding", "missing.safetensors"], "no such file: missing.safetensors"),
     (["a cat", "--batch", 0], "batch must be at least 1"),
@@ -282,6 +293,7 @@ def test_wrong_use_of_many_prompts_and_of_additions(more, said, tiny, tmp_path, 
     (tmp_path / "EMPTY").write_text("\n \n")
     (tmp_path / "FULL").write_text("a cat\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "PLAIN", "PNG")
+    Image.new("1", (20000, 20000)).save(tmp_path / "HUGE", "PNG")
     code, err, _ = command(sd_module, capsys, *more, "--ckpt", tiny)
     assert code == 2 and said in err and err.count("\n") == 1
 
@@ -327,6 +339,30 @@ def test_settings_as_other_tools_write_them_are_read(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
     assert sd_module.stored_settings(tmp_path / "x.png") == {
         "prompt": "a cat, (red:1.2)", "negative": "ugly", "width": 512, "height": 768, "steps": 20, "sampler": "euler", "guidance": 7.0, "seed": 42}
+
+
+@pytest.mark.parametrize("prompt, negative", [("", ""), ("", "blue"), ("  a cat", ""), ("Negative prompt: none", ""), ("a\n\n", "\n")])
+def test_odd_prompts_come_back(prompt, negative, tmp_path):
+    options = {option: None for option, _ in sd_module.STORED.values()} | dict(prompt=prompt, negative=negative, width=8, height=16, steps=3, seed=2)
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=sd_module.text_chunk(sd_module.parameters(options)))
+    assert sd_module.stored_settings(tmp_path / "x.png") == dict(prompt=prompt, negative=negative, width=8, height=16, steps=3, seed=2)
+
+
+def test_a_picture_without_prompt_as_a1111_writes_it(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=sd_module.text_chunk("Negative prompt: ugly\nSteps: 20, Size: 8x8"))
+    assert sd_module.stored_settings(tmp_path / "x.png") == dict(prompt="", negative="ugly", width=8, height=8, steps=20)
+
+
+def test_what_stands_beside_from_overrules_lists_and_the_prompt(tiny, tmp_path, capsys):
+    """Else a LoRA given anew would be added to the stored one, and --prompts would not go with the stored prompt."""
+    from lora import LoRA
+    LoRA(StableDiffusion.load(tiny), 2).save(tmp_path / "a.safetensors")
+    assert command(sd_module, capsys, "a cat", "--steps", 2, "--ckpt", tiny, "--lora", tmp_path / "a.safetensors", "--out", tmp_path / "1.png")[0] == 0
+    (tmp_path / "p.txt").write_text("a dog")
+    again = "--from", tmp_path / "1.png", "--lora", f"{tmp_path / 'a.safetensors'}:0.3", "--prompts", tmp_path / "p.txt", "--out", tmp_path / "many"
+    assert command(sd_module, capsys, *again)[0] == 0
+    told = sd_module.stored_settings(tmp_path / "many" / "0000-a-dog.png")
+    assert (told["lora"], told["prompt"], told["steps"]) == ([f"{tmp_path / 'a.safetensors'}:0.3"], "a dog", 2)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
