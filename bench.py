@@ -56,6 +56,7 @@ def in_processes(rounds: int, **builders: Callable[[], Callable[[], object]]) ->
         links[name], theirs = spawn.Pipe()
         workers.append(spawn.Process(target=serve, args=(theirs, build), daemon=True))
         workers[-1].start()
+        theirs.close()  # so that recv raises EOFError, and does not wait, if the process ends
         links[name].recv()
     seconds = in_turns(rounds, **{name: (lambda link=link: (link.send("go"), link.recv())) for name, link in links.items()})
     for worker in workers:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PART = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|A|B)\.weight|\.(alpha))$")  # layer, which of its tensors
 BEGINNINGS = [(r"^lora_(?=unet_)|^base_model_model_", ""), (r"^lora_te1?_", "text_encoder_"), (r"^lora_te2_", "text_encoder_2_"),
-              (r"^(?=(down|up|mid|input|output|middle)_block)", "unet_"), (r"^(text_encoder_(2_)?)(?=encoder_)", r"\1text_model_")]
+              (r"^(?=(text_model_)?encoder_)", "text_encoder_"), (r"^(?!unet_|text_)", "unet_"), (r"^(text_encoder_(2_)?)(?=encoder_)", r"\1text_model_")]
 ADAPTED = re.compile(r"(unet_(down|mid|up)_|text_encoder_).*_(to_q|to_k|to_v|to_out_0|[qkv]_proj|out_proj)$")  # what `LoRA` trains: attention
 
 
@@ -75,7 +75,7 @@ def open_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     for layer, part in parts.items():
         if not {"down", "up"} <= part.keys():
             raise UserError(f"{path} is damaged: of {layer} it holds only {', '.join(part)}")
-        component = re.sub(r"_(text_model|down|mid|up|input|middle|output)_.*", "", layer)
+        component = re.match("unet|text_encoder(_2)?|", layer)[0]
         part.setdefault("alpha", about.get(f"{component}.lora_alpha", about.get("lora_alpha", len(part["down"]))))
     if not parts:
         raise UserError(f"{path} holds no tensors")
@@ -87,7 +87,7 @@ def add_embedding(sd: "StableDiffusion", path: str | Path) -> list[str]:
 
     Raises UserError if the file cannot be read, is for another family of models, or takes a word for its own that the vocabulary has.
     """
-    path, words = Path(path), []
+    path, words, served = Path(path), [], set()
     for name, read in open_tensors(path)[0].items():
         vectors = torch.atleast_2d(read().float())
         word = path.stem if name in ("*", "emb_params", "clip_l", "clip_g") else name  # as A1111 and for SDXL
@@ -99,11 +99,14 @@ def add_embedding(sd: "StableDiffusion", path: str | Path) -> list[str]:
             raise UserError(f"{path}: {word!r} is in the vocabulary already: rename it")
         sd.tokenizers[i].add_word(word, sd.encoders[i].embeddings.learn(vectors))
         words.append(word)
+        served.add(i)
+    if len(served) < len(sd.encoders):
+        raise UserError(f"{path} is for another family of models: it has vectors for {len(served)} of {len(sd.encoders)} text encoders")
     return words
 
 
 class LoRA(nn.Module):
-    """Trainable matrices beside the UNet's attention layers, and with `text` those of the text encoders: while it lives, the model answers with them.
+    """Trainable matrices beside the UNet's attention layers, and with `text` those of the text encoders: from then on the model answers with them.
     `up` starts at zero, so that nothing changes at first. `save` writes them in kohya's names."""
 
     def __init__(self, sd: "StableDiffusion", rank: int, alpha: float | None = None, text: bool = False):

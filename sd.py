@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, diffusers_name, find, folder_files, make_folder, open_checkpoint, open_folder,
                         save_folder, save_tensors, whole)
-from clip import CLIPTextConfig, CLIPTextModel, Piece, Tokenizer, emphasised
+from clip import CLIPTextConfig, CLIPTextModel, Piece, Tokenizer, emphasised, load_bpe
 from lora import add_embedding, apply_lora
 from model import UNetConfig, UNetModel, timestep_embedding, watching, words_kept
 from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed, schedule, until
@@ -180,7 +180,7 @@ class StableDiffusion:
             held = StableDiffusion(cut(self.config))
         tensors = self.state_dict(folder=True)
         save_folder(path, {name: tensors[name] for name in held.state_dict(folder=True)}, dtype, self.metadata | {"config": json.dumps(asdict(held.config))},
-                    folder_files(held.config, self.pipeline, self.settings(*[None] * 6)[-1], self.tokenizer.bpe))
+                    folder_files(held.config, self.pipeline, self.settings(*[None] * 6)[-1], load_bpe()))
 
     @torch.no_grad()
     def probe_prediction(self) -> str:

@@ -619,3 +619,10 @@ def test_train_wrongly_used(tiny, five, tmp_path, capsys):
                         (["--data", five, "--device", "toaster"], "toaster")):
         code, err, _ = command(train_module, capsys, "--init", tiny, "--steps", 30, "--log-every", 5, "--out", tmp_path / "out", "--sample-every", 0, *args)
         assert code == 2 and words in err and err.count("\n") == 1, (args, err)
+
+
+def test_bench_ends_when_one_of_its_processes_does():
+    """And does not wait for it for ever: such as where diffusers is not installed."""
+    code = "import sys, bench; from functools import partial; bench.in_processes(1, this=partial(sys.exit, 3))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "EOFError" in done.stderr

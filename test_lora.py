@@ -5,6 +5,7 @@
 
 Small random models as in test_family.py. The LoRAs are made by peft and written by diffusers or peft, or by this project and read by diffusers.
 """
+import json
 import re
 from copy import deepcopy
 
@@ -89,6 +90,30 @@ def test_peft_folder_is_read(tmp_path):
     apply_lora(sd, tmp_path)
     changes(sd, before)
     agree(ours(sd, **SETTINGS), drawn(pipe), 80)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_layers_outside_the_blocks_have_their_alpha_too(folder, tmp_path):
+    """conv_in, conv_out and those of the time, in diffusers' file and in peft's folder, which names no network."""
+    sd, pipe = copies("sd1")
+    before, outside = ours(sd, **SETTINGS)[0], ["conv_in", "conv_out", "time_embedding.linear_1"]
+    if folder:
+        model = peft.get_peft_model(pipe.unet, peft.LoraConfig(r=2, lora_alpha=9, target_modules=outside, init_lora_weights=False))
+        model.save_pretrained(tmp_path)
+    else:
+        made = adapter(pipe.unet, 2, 9, outside)
+        pipe.save_lora_weights(tmp_path, unet_lora_layers=made, unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict())
+    apply_lora(sd, tmp_path if folder else tmp_path / "pytorch_lora_weights.safetensors")
+    changes(sd, before)
+    agree(ours(sd, **SETTINGS), drawn(pipe), 80)
+
+
+def test_peft_folder_of_a_text_encoder_is_read(tmp_path):
+    _, pipe = copies("sd1")
+    peft.get_peft_model(pipe.text_encoder, peft.LoraConfig(r=2, lora_alpha=9, target_modules=TEXT, init_lora_weights=False)).save_pretrained(tmp_path)
+    sd, _ = copies("sd1")
+    found = open_lora(tmp_path)
+    assert len(found) == 4 * sd.config.text.num_hidden_layers and found.keys() <= layers(sd).keys() and {alpha for *_, alpha in found.values()} == {9.0}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.4])
@@ -287,6 +312,22 @@ def test_a_learned_word_is_found_alone_only_and_not_in_others_tokenizers(tmp_pat
     assert sd.tokenizer("a zyxcat photo")[0, :6].tolist() == [49406, 320, 49408, 49409, 1125, 49407]
     assert torch.equal(sd.tokenizer("a zyxcats photo"), plain) and torch.equal(other("a zyxcat photo"), StableDiffusion(small("sd1")).tokenizer("a zyxcat photo"))
     assert 49408 not in other("a zyxcat photo")
+
+
+def test_a_learned_word_is_not_in_a_saved_folder(tmp_path):
+    """Whose token table has no row for it."""
+    sd, _ = copies("sd1")
+    torch.save({"<my-cat>": torch.randn(2, 32)}, tmp_path / "w.bin")
+    add_embedding(sd, tmp_path / "w.bin")
+    sd.save(tmp_path / "folder")
+    assert max(json.loads((tmp_path / "folder/tokenizer/vocab.json").read_text("utf-8")).values()) == 49407
+
+
+def test_a_word_for_one_of_two_encoders_is_told(tmp_path):
+    """As one of SD 1.x is, whose width SDXL's first encoder has."""
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "zyxcat.safetensors")
+    with pytest.raises(UserError, match="another family of models: it has vectors for 1 of 2 text encoders"):
+        add_embedding(copies("sdxl")[0], tmp_path / "zyxcat.safetensors")
 
 
 @pytest.mark.parametrize("state, name, said", [
