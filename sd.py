@@ -418,7 +418,7 @@ class HeatMaps:
         with watching(sd.unet, maps.watch):
             images = sd.generate(prompt, callback=maps.step)
 
-    `layers` has {name: (B, 77, h, w)}, brought to the latent's size; `mean()` is their average. At each position they sum to 1 over the tokens.
+    `layers` has {name: (B, N*77, h, w)}, brought to the latent's size; `mean()` is their average. At each position they sum to 1 over the tokens.
     """
 
     def __init__(self):
