@@ -60,7 +60,10 @@ def open_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Of each layer: down (rank, in, ...), up (out, rank, ...), alpha. `path` is a file, or a folder written by peft."""
     about = read_json(path / "adapter_config.json") if path.is_dir() else {}
     tensors, metadata = open_tensors(path / "adapter_model.safetensors" if path.is_dir() else path)
-    about |= json.loads(metadata.get("lora_adapter_metadata", "{}"))  # where diffusers says it
+    try:
+        about |= json.loads(metadata.get("lora_adapter_metadata", "{}"))  # where diffusers says it
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
     if special := [key for key, value in about.items() if re.search("(use_rslora|use_dora|alpha_pattern)$", key) and value]:
         raise UserError(f"{path} is no plain LoRA: {special[0]} is {about[special[0]]}")
     parts: dict[str, dict[str, Tensor]] = {}

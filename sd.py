@@ -212,7 +212,7 @@ class StableDiffusion:
                 part.to("cpu")
 
     def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """B prompts -> a vector per token, (B, 77, D)."""
+        """B prompts -> a vector per token, (B, N*77, D); N is 1 up to 75 tokens."""
         return self.condition(prompts)["context"]
 
     @torch.no_grad()
@@ -610,6 +610,8 @@ def save_as(args: argparse.Namespace) -> None:
     """Read on the CPU, in the precision it is written in."""
     check_new(Path(args.save))
     dtype = DTYPES["fp16" if args.dtype is None else args.dtype]
+    if args.embedding:
+        warnings.warn("learned words are not part of a model's file: give --embedding again when drawing")
     load(args, "cpu", dtype).save(args.save, dtype)
     print(args.save)
 
@@ -671,7 +673,7 @@ def run(args: argparse.Namespace) -> None:
     init, mask = (None if path is None else read_image(path) for path in (args.init, args.mask))
     if args.ckpt is None:
         print("using the built-in model (64x64 emoji). Full size, downloaded once: --ckpt stable-diffusion-v1-5/stable-diffusion-v1-5")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available() else args.device
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available() else args.device
     sd = load(args, device, None if args.dtype is None else DTYPES[args.dtype])
     asked = dict(zip(("width", "height", "steps", "guidance", "sampler", "spacing"),
                      sd.settings(args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)))
@@ -737,9 +739,11 @@ def stored_settings(path: Path) -> dict[str, object]:
         prompt, negative = (prompt[1:], negative) if mark else (about[1:], "")
         found = dict(re.findall(r'([A-Z][\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)', said))
         width, height = map(int, found["Size"].split("x"))
+        if "Init" not in found:
+            found.pop("Denoising strength", None)  # of A1111's second pass
         return {"prompt": prompt, "negative": negative, "width": width, "height": height} | {
             option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
-    except (OSError, KeyError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} holds no settings of a picture: {type(error).__name__}: {error}") from error
 
 

@@ -333,8 +333,9 @@ def test_picture_is_drawn_again_from_itself(tiny, tmp_path, capsys):
 
 
 def test_settings_as_other_tools_write_them_are_read(tmp_path):
+    """The strength is that of a second pass, there being no --init."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", "a cat, (red:1.2)\nNegative prompt: ugly\nSteps: 20, Sampler: euler, CFG scale: 7, Seed: 42, Size: 512x768, Model hash: 6ce0161689, "
+    info.add_text("parameters", "a cat, (red:1.2)\nNegative prompt: ugly\nSteps: 20, Sampler: euler, CFG scale: 7, Seed: 42, Size: 512x768, Denoising strength: 0.5, Hires upscale: 2, Model hash: 6ce, "
                                 "Model: v1-5-pruned, Hashes: {\"model\": \"6ce0\"}, Version: v1.9.4")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
     assert sd_module.stored_settings(tmp_path / "x.png") == {
