@@ -658,7 +658,8 @@ def file_name(prompt: str) -> str:
     return (re.sub(r"\W+", "-", prompt).strip("-").encode()[:100].decode(errors="ignore") or "picture") + ".png"
 
 
-def run(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Raises UserError for those that do not go together."""
     try:
         f"{args.prompt} {args.negative}".encode()
     except UnicodeEncodeError as error:
@@ -668,6 +669,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{option.replace('_', '-')} means nothing without --{needs}: give that too")
     if args.batch < 1:
         raise UserError(f"batch must be at least 1, not {args.batch}")
+
+
+def run(args: argparse.Namespace) -> None:
+    check_options(args)
     jobs = jobs_of(args)
     films = [] if args.film is None else output_paths("--film", args.film, ".gif", args)
     init, mask = (None if path is None else read_image(path) for path in (args.init, args.mask))
@@ -704,9 +709,14 @@ def run(args: argparse.Namespace) -> None:
         frames = [sd.decode_latents(guess[i:i + 1])[0] for guess in guesses[:-1]] + [images[i]]
         write(frames[0], path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500], loop=0)
         print(path)
-    for image, job, heat in zip(images, jobs, maps.mean()) if words is not None else []:
+    if words is not None:
+        write_maps(images, jobs, maps, words, Path(args.attn))
+
+
+def write_maps(images: list[Image.Image], jobs: list[Job], maps: HeatMaps, words: list[tuple[str, list[int]]], folder: Path) -> None:
+    for image, job, heat in zip(images, jobs, maps.mean()):
         for word, places in words:
-            file = Path(args.attn) / (f"{job.path.stem}-{places[0]}-" + re.sub(r"\W", "", word)[:40] + ".png")
+            file = folder / (f"{job.path.stem}-{places[0]}-" + re.sub(r"\W", "", word)[:40] + ".png")
             write(overlay(image, heat[places].sum(0)), file)
             print(file)
 
