@@ -58,7 +58,8 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
-            return {name: partial(file.get_tensor, name) for name in file.keys()}, file.metadata() or {}
+            read = mapped(path)
+            return {name: partial(read, name) for name in file.keys()}, file.metadata() or {}
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path} is damaged, or no checkpoint of PyTorch 1.6 or later")
         with torch.serialization.safe_globals([(Inert, LIGHTNING)]):
@@ -69,6 +70,20 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise UserError(f"{path} is damaged, or holds more than tensors and could run code: ask for a .safetensors file of it") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
         raise UserError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+
+
+def mapped(path: Path, at_a_time: int = 2**28) -> Callable[[str], Tensor]:
+    """Reads tensors of a .safetensors. What has been read of a mapped file counts as memory in use, so it is mapped anew after so many bytes."""
+    file, read = None, 0
+
+    def get(name: str) -> Tensor:
+        nonlocal file, read
+        if file is None or read > at_a_time:
+            file, read = safe_open(path, framework="pt"), 0
+        tensor = file.get_tensor(name)
+        read += tensor.nbytes
+        return tensor
+    return get
 
 
 def check_names_and_shapes(path: Path, found: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:

@@ -151,11 +151,13 @@ class StableDiffusion:
             # fp16's largest number, 65504, is too small for some VAE activations: keep that part in fp32
             part_dtype = torch.float32 if part is self.vae and dtype == torch.float16 else dtype
             home = "cpu" if self.lowmem else device
-            part.load_state_dict({name: (tensor if read is None else read(file_name).reshape(tensor.shape)).to(home, part_dtype)
-                                  for file_name, name, tensor in self.weights(prefix, folder)}, assign=True)
+            state = {}
+            for file_name, name, tensor in self.weights(prefix, folder):
+                tensor = tensor if read is None else read(file_name).reshape(tensor.shape)
+                # convolutions like channels last, and positions become tokens without a copy
+                state[name] = tensor.to(home, part_dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
+            part.load_state_dict(state, assign=True)
             part.eval().requires_grad_(False)
-            if part not in self.encoders:
-                part.to(memory_format=torch.channels_last)  # convolutions like it, and positions become tokens without a copy
 
     def weights(self, prefix: str, folder: bool = False) -> Iterator[tuple[str, str, Tensor]]:
         """The tensors of the network with this prefix: name in an official single file or a diffusers folder, name in the network, tensor."""
