@@ -181,23 +181,37 @@ def their_text(device: str, dtype: torch.dtype, _: bool) -> Callable[[], object]
     return lambda: text(tokens)
 
 
-def bench_load_and_run(dtype: torch.dtype, device: str, rounds: int) -> None:
-    """Processes of their own: a file of 2.1 GB (fp16) to a ready model, and 3 steps of a 512x512 picture from process start to PNG."""
+def bench_load(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """A file of 2.1 GB (fp16), ours and that of a diffusers folder, to a ready model; imports not counted. In bf16 too, which any CPU can hold."""
+    with tempfile.TemporaryDirectory() as tmp:
+        our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
+        write_their_folder(tmp)
+        for each in dict.fromkeys([dtype, torch.bfloat16]):
+            timed = "import sys, time, torch; {0}; start = time.perf_counter(); {1}; print(time.perf_counter() - start)"
+            codes = {"this": timed.format("from sd import *", f"sd = StableDiffusion.load('{tmp}/sd1.safetensors', '{device}', {each})"),
+                     "diffusers": timed.format("from diffusers import StableDiffusionPipeline as P",
+                                               f"pipe = P.from_pretrained('{tmp}/theirs', torch_dtype={each}, variant='fp16').to('{device}')")}
+            seconds, memory = {who: [] for who in codes}, {}
+            for turn in range(rounds + 1):
+                for who, code in codes.items():
+                    memory[who], said = run([sys.executable, "-c", code])
+                    seconds[who] += [float(said.split()[-1])] * (turn > 0)
+            table(f"loading 2.1 GB, {str(each)[6:]}", seconds, more={who: f"(peak memory {gb:.1f} GB) " for who, gb in memory.items()})
+
+
+def bench_run(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """A picture of 512x512 in 3 steps from process start to PNG."""
     name = next(name for name, value in DTYPES.items() if value == dtype)
     with tempfile.TemporaryDirectory() as tmp:
         our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
         write_their_folder(tmp)
-        ours = f"import torch; from sd import *; StableDiffusion.load('{tmp}/sd1.safetensors', '{device}', DTYPES['{name}'])"
-        theirs = (f"import torch; from diffusers import StableDiffusionPipeline as P; "
-                  f"pipe = P.from_pretrained('{tmp}/theirs', torch_dtype=torch.{str(dtype)[6:]}, variant='fp16').to('{device}')")
-        picture = f"; pipe('{PROMPT}', num_inference_steps=3).images[0].save('{tmp}/theirs.png')"
-        command = [sys.executable, HERE / "sd.py", PROMPT, "--ckpt", f"{tmp}/sd1.safetensors", "--steps", "3", "--dtype", name, "--device", device]
-        for title, pair in {"loading 2.1 GB": ([sys.executable, "-c", ours], [sys.executable, "-c", theirs]),
-                            "process start to PNG, 512x512, 3 steps": ([*command, "--out", f"{tmp}/ours.png"], [sys.executable, "-c", theirs + picture])}.items():
-            memory: dict[str, float] = {}
-            processes = {who: (lambda args=args, who=who: memory.update({who: process(args)})) for who, args in zip(("this", f"diffusers, {name}"), pair)}
-            seconds = in_turns(max(1, rounds - 1) if "PNG" in title else rounds, **processes)
-            table(f"{title}, {name}", seconds, more={who: f"(peak memory {gb:.1f} GB) " for who, gb in memory.items()})
+        code = (f"import torch; from diffusers import StableDiffusionPipeline as P; pipe = P.from_pretrained('{tmp}/theirs', torch_dtype={dtype}, variant='fp16')"
+                f".to('{device}'); pipe('{PROMPT}', num_inference_steps=3).images[0].save('{tmp}/theirs.png')")
+        commands = {"this": [sys.executable, HERE / "sd.py", PROMPT, "--ckpt", f"{tmp}/sd1.safetensors", "--steps", "3", "--dtype", name, "--device", device,
+                             "--out", f"{tmp}/ours.png"], "diffusers": [sys.executable, "-c", code]}
+        memory: dict[str, float] = {}
+        seconds = in_turns(max(1, rounds - 1), **{who: (lambda who=who: memory.update({who: run(commands[who])[0]})) for who in commands})
+    table(f"process start to PNG, 512x512, 3 steps, {name}", seconds, more={who: f"(peak memory {gb:.1f} GB) " for who, gb in memory.items()})
 
 
 def bench_sizes(dtype: torch.dtype, device: str, rounds: int) -> None:
@@ -219,13 +233,8 @@ def bench_sizes(dtype: torch.dtype, device: str, rounds: int) -> None:
             print(f"| {side} | {' | '.join(cells)} |", flush=True)
 
 
-def process(args: list) -> float:
-    """Run it to its end; its greatest memory in GB."""
-    return run(args)[0]
-
-
 def run(args: list) -> tuple[float, str]:
-    """The same, and what it printed."""
+    """Run it to its end: its greatest memory in GB, and what it printed."""
     child = subprocess.Popen(list(map(str, args)), cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said = child.stdout.read().decode()
     _, status, usage = os.wait4(child.pid, 0)
@@ -247,8 +256,8 @@ def write_their_folder(tmp: str) -> None:
 def bench_builtin(dtype: torch.dtype, device: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as tmp:
         seconds = in_turns(rounds + 2, **{
-            "this": lambda: process([sys.executable, HERE / "sd.py", "a red apple", "--out", f"{tmp}/o.png"]),
-            "python -c 'import torch'": lambda: process([sys.executable, "-c", "import torch"])})
+            "this": lambda: run([sys.executable, HERE / "sd.py", "a red apple", "--out", f"{tmp}/o.png"]),
+            "python -c 'import torch'": lambda: run([sys.executable, "-c", "import torch"])})
     table("built-in model, process start to PNG", seconds)
 
 
@@ -309,7 +318,7 @@ def bench_machine(dtype: torch.dtype, device: str, rounds: int) -> None:
         print(f"the machine, {name} in {str(dtype)[6:]}: {flops / min(seconds[name]) / 1e9:.0f} GFLOP/s at best", flush=True)
 
 
-PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text, "load": bench_load_and_run, "builtin": bench_builtin,
+PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text, "load": bench_load, "run": bench_run, "builtin": bench_builtin,
          "share": bench_share, "train": bench_train, "sizes": bench_sizes}
 
 
