@@ -1,14 +1,12 @@
 """Teach the text tower what the words look like before the UNet draws: CLIP's game (lecture/contrastive.py) on the emoji's latents.
 
     python data/emoji/contrast.py --vae runs/vae/model.safetensors --out runs/text [--steps 1500]
-    python train.py --init runs/text/model.safetensors --freeze text ...
+    python train.py --init runs/text/model.safetensors ...
 
 Run data/emoji/prepare.py, compose.py and vectors.py first. The token table is vectors.py's and stays as it is, so that a word in no caption is
 told by its neighbours in it. Of a batch of pictures and captions each is to find its own, twice over: by one vector for the whole text and
 one for the whole picture, as in CLIP, and by the words, each with the place in the picture that suits it best (FILIP: Yao et al. 2021,
 equations 4 to 6). The second is for the UNet, which looks at the words one by one: CLIP's loss alone never reaches their vectors in the last layer.
-
-One word in five is replaced by a word near it that stands in no caption, so that "kitty" means what "cat" does; words of synonyms.txt never are.
 
 Printed: of captions of 200 new pictures each, how many find their own among the 200, for pictures like the training ones, with colours and
 objects that were set aside, with pairs that were; and how many words of synonyms.txt have one of their names among the nearest five.
@@ -16,10 +14,8 @@ objects that were set aside, with pairs that were; and how many words of synonym
 import argparse
 import math
 import random
-import re
 import sys
 import time
-from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 
@@ -39,7 +35,6 @@ from contrastive import contrastive_loss  # noqa: E402
 from sd import PRESETS, StableDiffusion, pixels  # noqa: E402
 from train import read_captions, read_rgba  # noqa: E402
 
-NEAR = 0.45  # the least cosine of a word that stands in for another
 TOKENS = 24  # the longest caption of compose.py
 
 
@@ -85,24 +80,6 @@ def loss_of(model: Towers, z: Tensor, tokens: Tensor) -> Tensor:
     right = torch.arange(len(z))
     parts = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
     return contrastive_loss(whole_image, whole_text, model.scales[0]) + parts
-
-
-@torch.no_grad()
-def stand_ins(table: Tensor, captions: list[list[str]], names: list[str]) -> dict[int, list[int]]:
-    """For words of names and colours the words of CLIP's table in no caption that are nearest to it, not to another; ids."""
-    vocab, held = Tokenizer().bpe.get_vocab(), {line.split(":")[0] for line in (HERE / "synonyms.txt").read_text().splitlines()}
-
-    def ids(lines: Iterable[str]) -> list[int]:
-        return sorted({vocab[word + "</w>"] for line in lines for word in re.findall("[a-z]+", line) if word + "</w>" in vocab})
-
-    said = ids(line for lines in captions for line in lines)
-    others = sorted({i for token, i in vocab.items() if re.fullmatch("[a-z]{3,}</w>", token) and token[:-4] not in held} - set(said))
-    nearness, nearest = (table[others] @ table[said].T).max(1)
-    cells: dict[int, list[int]] = {i: [] for i in ids([*names, *COLOURS])}
-    for i, near, j in zip(others, nearness.tolist(), nearest.tolist()):
-        if near >= NEAR and said[j] in cells:
-            cells[said[j]].append(i)
-    return {i: cell for i, cell in cells.items() if cell}
 
 
 @torch.no_grad()
@@ -171,15 +148,11 @@ def main() -> None:
     names = [name for name, _ in emoji]
     paths += sorted((HERE / "composed").glob("*.png"))
     captions = [read_captions(path.with_suffix(".txt")) for path in paths]
-    cached = HERE.parents[1] / "runs" / "latents.pt"
-    z = torch.load(cached)["mean"] if cached.exists() else latents(sd, paths)
+    z = latents(sd, paths)
     quizzes = {kind: quiz(kind, 200, emoji) for kind in ("known", "colours", "pairs")}
     with torch.no_grad():
         quizzes = {kind: (prompts, sd.vae.moments(pixels(pictures))[0]) for kind, (prompts, pictures) in quizzes.items()}
     print(f"{len(paths)} pictures", flush=True)
-
-    cells = stand_ins(sd.text.embeddings.token_embedding.weight, captions, names)
-    print(f"{len(cells)} words have {sum(map(len, cells.values()))} others that stand in for them", flush=True)
 
     tokenizer, model = Tokenizer(length=TOKENS), Towers(sd.text, config.unet.in_channels)
     params = [p for p in model.parameters() if p.requires_grad]
@@ -191,7 +164,6 @@ def main() -> None:
         i = torch.cat([torch.randperm(bare)[:args.batch // 5], bare + torch.randperm(len(paths) - bare)[:args.batch - args.batch // 5]])
         tokens = tokenizer([rng.choice(captions[j]) for j in i])
         tokens = tokens[:, :int((tokens != EOS).sum(1).max()) + 1]  # padding that all have changes nothing: the tower is causal
-        tokens = torch.tensor([[rng.choice(cells[t]) if t in cells and rng.random() < 0.2 else t for t in row] for row in tokens.tolist()])
         with sdpa_kernel(SDPBackend.MATH):  # the fused CPU kernel's backward is slow
             loss = loss_of(model, z[i].float() + 0.05 * torch.randn(len(i), *z.shape[1:]), tokens)
         optimizer.zero_grad()

@@ -20,13 +20,13 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 import torch
-from classify import FILE, load_emoji, load_judge
-from compose import COLOURS, fits, moved, on_ground, pair, place, recolour, set_aside
+from classify import FILE, cut_out, load_emoji, load_judge
+from compose import COLOURS, fits, moved, on_ground, pair, recolour, set_aside
 from PIL import Image, ImageDraw
 from prepare import HERE, STYLES, with_article
 from torch import Tensor
@@ -73,9 +73,9 @@ def ask(kind: str, n: int, emoji: Emoji, captions: list[str] | None = None) -> l
         facts = [(colour, name) for colour, name in product(COLOURS, names) if fits(name, "colour") and set_aside(colour, name)]
         rng.shuffle(facts)
         facts = [(colour, name, rng.choice(list(STYLES))) for colour, name in facts]
-        facts = [(colour, name, style) for colour, name, style in facts if colour != own_colour(emoji[name, style])]
+        facts = islice(((colour, name, style) for colour, name, style in facts if colour != own_colour(emoji[name, style])), n)
         return [Asked(said(with_article(f"{colour} {name}"), style), [name], on_ground(moved(recolour(emoji[name, style], colour), 0.92, rng)), style, colour)
-                for colour, name, style in facts[:n]]
+                for colour, name, style in facts]
     pairs = [(a, b) for a, b in product(names, names) if a != b and fits(a, kind) and fits(b, kind) and set_aside(a, b)]
     return [Asked(said(f"{with_article(a)} next to {with_article(b)}", style), [a, b], on_ground(pair(emoji[a, style], emoji[b, style])), style)
             for (a, b), style in ((fact, rng.choice(list(STYLES))) for fact in rng.sample(pairs, min(n, len(pairs))))]
@@ -96,12 +96,6 @@ def own_colour(rgba: Image.Image) -> str:
 
 def feature(image: Image.Image) -> np.ndarray:
     return np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel() / 255
-
-
-def cut_out(image: Image.Image) -> Image.Image:
-    """What is not white, as large as it fits into 64x64."""
-    box = Image.fromarray(255 - np.asarray(image.convert("RGB")).min(-1)).point(lambda value: 255 * (value > 16)).getbbox()
-    return on_ground(place(image.crop(box).convert("RGBA"), 32, 32, 64, 64)) if box else image.resize((64, 64))
 
 
 def halves(image: Image.Image) -> list[Image.Image]:
@@ -151,11 +145,7 @@ class Classifier:
 
     @torch.no_grad()
     def scores(self, image: Image.Image) -> list[Tensor]:
-        if image.size != (64, 64):  # a half: white on both sides
-            page = Image.new("RGB", (64, 64), "white")
-            page.paste(image, ((64 - image.width) // 2, 0))
-            image = page
-        return [scores[0] for scores in self.net(pixels([image]) / 2 + 0.5)]
+        return [scores[0] for scores in self.net(pixels([cut_out(image)]) / 2 + 0.5)]
 
     def names(self, image: Image.Image) -> list[tuple[str, str]]:
         return [(self.all[j], "") for j in self.scores(image)[0].topk(5).indices]
