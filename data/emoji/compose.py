@@ -71,7 +71,9 @@ def body(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     or all that is not gray (a lollipop without its stick) if that is, or everything (a white ghost, a black spider)."""
     hue, chroma, _ = hue_chroma_light(rgb)
     coloured = np.clip((chroma - 0.08) / 0.06, 0, 1)
-    main = max(range(0, 360, 10), key=lambda angle: (np.cos(np.radians(hue - angle)).clip(0) ** 4 * coloured * alpha).sum())
+    x, y, weight = np.cos(np.radians(hue)), np.sin(np.radians(hue)), coloured * alpha  # cos(hue - angle) of them is far quicker than its own cosine
+    main = max(range(0, 360, 10), key=lambda angle: (np.square(np.square(
+        (x * np.cos(np.radians(angle)) + y * np.sin(np.radians(angle))).clip(0))) * weight).sum())
     one = coloured * np.clip((60 - np.abs((hue - main + 180) % 360 - 180)) / 20, 0, 1)
     of_one, of_coloured, of_all = [(part * alpha).sum() for part in (one, coloured, np.ones_like(alpha))]
     return one if of_one >= max(0.55 * of_all, 0.7 * of_coloured) else coloured if of_coloured >= 0.55 * of_all else np.ones_like(alpha)
