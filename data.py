@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -107,6 +108,12 @@ def tried(sample: Sample, shapes: list[tuple[int, int]], captioned: bool) -> Cut
         return f"cannot read the picture {sample.name}: {error!r}"
 
 
+def out_of_reach(worker: int) -> None:
+    """In a process group of their own, workers are not ended by a Ctrl-C, or torchrun's SIGTERM, meant to let the step end and be saved."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 def lines_of(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -148,7 +155,7 @@ class Folder(Dataset):
 
     def batches(self, first: int, stride: int, workers: int = 0) -> Iterator[Batch]:
         """Batch number `first`, then every stride-th."""
-        return iter(DataLoader(self, batch_size=None, sampler=itertools.islice(self.order(), first, None, stride), num_workers=workers))
+        return iter(DataLoader(self, batch_size=None, sampler=itertools.islice(self.order(), first, None, stride), num_workers=workers, worker_init_fn=out_of_reach))
 
     def __getitem__(self, chosen: list[tuple[int, int]]) -> Batch:
         places, pictures = zip(*chosen)
@@ -263,7 +270,7 @@ class Shards(IterableDataset):
         if len(self.shards) < readers:
             raise UserError(f"{len(self.shards)} shards for {readers} readers ({self.world} processes, {workers} workers each): there must be at least as many shards")
         self.positions, self.turn = positions, number  # workers take turns: the next to give a batch must be the first
-        for batch in DataLoader(self, batch_size=None, num_workers=workers):
+        for batch in DataLoader(self, batch_size=None, num_workers=workers, worker_init_fn=out_of_reach):
             positions[batch.reader] = batch.position
             yield batch
 

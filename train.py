@@ -508,8 +508,9 @@ def spread(s: Settings, loss_of: UNetLoss | VAELoss) -> nn.Module:
             if any(p.requires_grad for p in block.parameters()):
                 fully_shard(block)
         return fully_shard(loss_of)
-    if dist.is_initialized():  # of two text encoders' last layers some are not used
-        return DistributedDataParallel(loss_of, gradient_as_bucket_view=True, find_unused_parameters=s.train == "unet+text" or s.gan > 0)
+    if dist.is_initialized():
+        idle = s.gan_start > 0 or s.train == "unet+text" and any(encoder.cfg.layers_skipped for encoder in loss_of.sd.encoders)  # some weights have no part in the loss
+        return DistributedDataParallel(loss_of, gradient_as_bucket_view=True, find_unused_parameters=idle)
     return loss_of
 
 
