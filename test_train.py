@@ -235,6 +235,7 @@ def test_gradient_equals_diffusers(grouped, five, tmp_path, prediction, gamma):
     batch = next(folder.batches(0, 1))
     loss = loss_of(batch, 3)
     loss.backward()
+    loss = loss.detach()
 
     sd.save(tmp_path / "folder", torch.float32)
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "folder/unet")
@@ -248,6 +249,7 @@ def test_gradient_equals_diffusers(grouped, five, tmp_path, prediction, gamma):
     weight = snr.clamp(max=gamma) / (snr + (prediction == "v")) if gamma else 1.0
     theirs = (error * weight).mean()
     theirs.backward()
+    theirs = theirs.detach()
     assert abs(float(loss / theirs) - 1) < 1e-5
     with torch.device("meta"):
         names = StableDiffusion(sd.config)
@@ -255,6 +257,126 @@ def test_gradient_equals_diffusers(grouped, five, tmp_path, prediction, gamma):
     for name, p in sd.unet.named_parameters():
         other = grads[sd_module.diffusers_name("model.diffusion_model." + name, names.config).removeprefix("unet/")].reshape(p.shape)
         assert (p.grad - other).abs().max() <= 1e-5 * max(float(other.abs().max()), 1e-3), name
+
+
+def test_lora_and_a_new_word_are_files_for_sd(tiny, five, tmp_path, capsys):
+    """Each is saved alone and changes what is drawn; the new word only where it is named, and a prior folder counts in the loss."""
+    shutil.copytree(five, tmp_path / "five")
+    for path in (tmp_path / "five").glob("*.txt"):
+        path.write_text(path.read_text().replace("disc", "<disc>"))
+    common = ["--data", tmp_path / "five", "--init", tiny, "--steps", 4, "--batch", 2, "--lr", 1e-2, "--warmup", 0, "--device", "cpu"]
+    trained(capsys, *common, "--lora", 2, "--train", "unet", "--out", tmp_path / "lora", "--sample-every", 2)
+    trained(capsys, *common, "--train", "word", "--word", "<disc>", "--vectors", 2, "--init-word", "cat", "--out", tmp_path / "word")
+    assert not (tmp_path / "lora/model.safetensors").exists() and load_file(tmp_path / "word/<disc>.safetensors")["<disc>"].shape == (2, 32)
+    assert all(name.startswith("lora_unet_") for name in load_file(tmp_path / "lora/lora.safetensors"))
+
+    def drawn(prompt, *more):
+        assert command(sd_module, capsys, prompt, "--ckpt", tiny, "--out", tmp_path / "o.png", *more)[0] == 0
+        return np.asarray(Image.open(tmp_path / "o.png"), int)
+    word = ["--embedding", tmp_path / "word/<disc>.safetensors"]
+    assert not np.array_equal(drawn("a cat"), drawn("a cat", "--lora", tmp_path / "lora/lora.safetensors"))
+    assert np.array_equal(drawn("a cat"), drawn("a cat", *word)) and not np.array_equal(drawn("a <disc>"), drawn("a <disc>", *word))
+    plain, prior = (trained(capsys, *common, "--sample-every", 0, "--out", tmp_path / name, *more) for name, more in {"p": [], "q": ["--prior", five, "--prior-weight", 0.5]}.items())
+    first = [float(re.search(r"loss ([\d.]+)", out)[1]) for out in (plain, prior)]
+    assert first[1] > 1.2 * first[0]
+    trained(capsys, *common, "--out", tmp_path / "frozen", "--freeze", "cond_stage_model.", "model.diffusion_model.input_blocks.")
+    before, after = load_file(tiny), load_file(tmp_path / "frozen/model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name].half(), after[name].half())}
+    assert moved and not any(name.startswith(("cond_stage_model.", "model.diffusion_model.input_blocks.", "first_stage_model.")) for name in moved)
+
+
+def test_two_text_encoders_and_shapes(five, tmp_path, capsys):
+    """An SDXL in small, on wide pictures: sizes reach the UNet, empty captions are zeros, both encoders learn a word."""
+    openclip = replace(PRESETS["sdxl"].text_2, hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = replace(TINY, unet=replace(TINY.unet, context_dim=96, adm_in_channels=64 + 6 * 16), text=replace(PRESETS["sdxl"].text, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
+                     text_2=openclip, zero_negative=True)
+    sd = StableDiffusion(config)
+    sd.save(tmp_path / "xl.safetensors", torch.float32)
+    (tmp_path / "wide").mkdir()
+    for i in range(4):
+        Image.new("RGB", (100, 40), (60 * i, 0, 0)).save(tmp_path / f"wide/{i}.png")
+        (tmp_path / f"wide/{i}.txt").write_text(f"<w> {i}")
+    common = ["--data", tmp_path / "wide", five, "--init", tmp_path / "xl.safetensors", "--buckets", "--steps", 3, "--batch", 2, "--device", "cpu", "--caption-dropout", 0.5]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        sized = StableDiffusion.sized
+        patch.setattr(StableDiffusion, "sized", lambda self, context, pooled, sizes: seen.append((context, pooled, sizes)) or sized(self, context, pooled, sizes))
+        trained(capsys, *common, "--out", tmp_path / "o", "--sample-every", 0, "--steps", 8)
+    assert {tuple(sizes[0].tolist()) for *_, sizes in seen} - {(32, 32, 0, 0, 32, 32)} == {(80, 80, 0, 0, 32, 32), (40, 100, 2, 0, 16, 48)}  # the first: of the sample sheet
+    assert any((context[0] == 0).all() and (pooled[0] == 0).all() for context, pooled, _ in seen) and not all((context == 0).all() for context, *_ in seen)
+    trained(capsys, *common, "--train", "word", "--word", "<w>", "--out", tmp_path / "w", "--sample-every", 0)
+    assert {name: tuple(x.shape) for name, x in load_file(tmp_path / "w/<w>.safetensors").items()} == {"clip_l": (1, 32), "clip_g": (1, 64)}
+    assert command(sd_module, capsys, "a <w>", "--ckpt", tmp_path / "xl.safetensors", "--embedding", tmp_path / "w/<w>.safetensors", "--out", tmp_path / "o.png")[0] == 0
+
+
+def test_vae_with_codes_and_discriminator(tiny, five, tmp_path, capsys):
+    """VQ starts where latents are and its loss falls; the discriminator changes nothing before it sets in, and then learns, and resumes."""
+    common = ["--data", five, "--init", tiny, "--train", "vae", "--batch", 5, "--device", "cpu", "--warmup", 0, "--lr", 1e-3, "--log-every", 1]
+    out = trained(capsys, *common, "--vq", 16, "--steps", 60, "--out", tmp_path / "vq")
+    losses = [line["loss"] for line in metrics(tmp_path / "vq")]
+    codes = load_file(tmp_path / "vq/vq.safetensors")["first_stage_model.quantize.embedding.weight"]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]) and codes.shape == (16, 4) and codes.std() > 1 / 16 and "dB PSNR" in out
+    for name, more in {"plain": [], "gan": ["--gan", 0.5, "--gan-start", 3]}.items():
+        trained(capsys, *common, "--steps", 6, "--sample-every", 0, "--out", tmp_path / name, *more)
+    plain, gan = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("plain", "gan"))
+    assert plain[0] == gan[0] and np.allclose(plain[:3], gan[:3], rtol=1e-3) and not np.allclose(plain[3:], gan[3:], rtol=1e-2)
+    sd, count = StableDiffusion.load(tmp_path / "gan/model.safetensors"), len(torch.load(tmp_path / "gan/state.pt")["params"])
+    assert count > len(list(sd.vae.parameters()))
+
+
+def test_a_stream_without_end_takes_no_memory(tmp_path):
+    """Shards made by a command as they are read, 4 processes of 2 workers: all samples once, and memory that does not grow. STREAM=1000000 does it at full size."""
+    n, shards = int(os.environ.get("STREAM", 16_000)), 16
+    (tmp_path / "make.py").write_text(MAKE)
+    url = f"pipe:{sys.executable} {tmp_path}/make.py {{00..{shards - 1:02}}} {n // shards}"
+    (tmp_path / "read.py").write_text(READ)
+    readers = [subprocess.Popen([sys.executable, tmp_path / "read.py", url, str(rank), str(n)], stdout=subprocess.PIPE, text=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)})
+               for rank in range(4)]
+    seen = bytearray(n)
+    for reader in readers:
+        *numbers, memory = reader.communicate()[0].splitlines()
+        for line in numbers:
+            for number in map(int, line.split()):
+                seen[number] += 1
+        early, late = map(float, memory.split())
+        print(f"memory of a process with its workers after a tenth and at the end: {early:.0f} and {late:.0f} MB")
+        assert late < 1.1 * early + 20
+    assert set(seen) == {1}
+
+
+MAKE = """
+import io, sys, tarfile
+from PIL import Image
+shard, n = map(int, sys.argv[1:])
+stream = io.BytesIO()
+Image.new("RGB", (8, 8), (shard, 0, 0)).save(stream, "PNG")
+picture = stream.getvalue()
+with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
+    for i in range(shard * n, shard * n + n):
+        for kind, content in (("png", picture), ("txt", str(i).encode())):
+            member = tarfile.TarInfo(f"{i:09}.{kind}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        tar.members.clear()
+"""
+READ = """
+import os, sys
+from pathlib import Path
+from data import Shards
+
+def memory(pid):
+    kb = sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line.startswith("Private"))
+    return kb / 1024 + sum(map(memory, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+url, rank, n = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+batches = Shards([url], [(8, 8)], batch=50, seed=0, shuffle=500, rank=rank, world=4).batches({}, 0, workers=2)
+for i in range(n // 4 // 50):
+    print(*next(batches).captions)
+    if i == n // 4 // 50 // 10:
+        early = memory(os.getpid())
+print(early, memory(os.getpid()), flush=True)
+os._exit(0)
+"""
 
 
 def test_seed_counts(tiny, five, tmp_path, capsys):
