@@ -492,3 +492,10 @@ def test_nan_is_told_and_never_drawn(tiny, tmp_path, capsys):
     tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
     save_file(tensors, path, {"config": safe_open(tiny, "pt").metadata()["config"]})
     assert "NaN in the decoded picture" in refused(capsys, tmp_path / "o.png", "--ckpt", path)
+
+
+def test_bench_ends_when_one_of_its_processes_does():
+    """And does not wait for it for ever: such as where diffusers is not installed."""
+    code = "import sys, bench; from functools import partial; bench.in_processes(1, this=partial(sys.exit, 3))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "EOFError" in done.stderr

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +96,6 @@ class Settings:
     log_every: int = setting(50, "steps between lines")
     save_every: int = setting(500, "steps between saves; 0: only at the end")
     sample_every: int = setting(1000, "steps between sample sheets; 0: only at the end")
-
 
     @property
     def captioned(self) -> bool:
@@ -218,7 +218,8 @@ class UNetLoss(nn.Module):
             raise UserError(f"no caption has the word {s.word}")
         if cache is not None and s.train == "unet":
             self.words, self.words_key = kept, f"{' '.join(map(fingerprint, self.sd.encoders))} {s.tokens}"
-            self.told(["", *dict.fromkeys(caption for lines in captions for caption in lines)][share])
+            for caption in ["", *dict.fromkeys(caption for lines in captions for caption in lines)][share]:
+                self.told([caption])
         if dist.is_initialized():
             dist.barrier()
         if folders:
@@ -257,7 +258,7 @@ class UNetLoss(nn.Module):
         first, noise = (torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(device) for _ in range(2))
         keep = torch.stack([torch.rand((), generator=g) for g in generators]) >= s.caption_dropout
         u = torch.rand((), generator=generator(s.seed, 7, step), dtype=torch.float64)
-        u = (u + torch.tensor(batch.places) / self.samples_a_step) % 1  # evenly spread: less noise in the loss
+        u = (u + torch.tensor(batch.places, dtype=torch.float64) / self.samples_a_step) % 1  # evenly spread: less noise in the loss
         return (mean + std * first) * self.sd.config.vae.scale_factor, shifted(u, s.time_shift).to(device), noise, keep
 
     def forward(self, batch: Batch, step: int) -> Tensor:
@@ -439,7 +440,7 @@ def join(s: Settings) -> tuple[int, int, str]:
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))  # while the first saves, the others wait
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -528,11 +529,12 @@ def one_pass(model: nn.Module, last: bool) -> Iterator[None]:
 
 def agreed(loss: Tensor, stop: list[int], positions: dict[int, Position]) -> tuple[float, bool, int]:
     """For all processes the same: their mean loss, whether one of them was told to stop, and how many samples of shards they skipped."""
-    told = torch.tensor([1, len(stop), sum(at.skipped + at.skipped_since for at in positions.values()), 0], device=loss.device, dtype=torch.float64)
-    told[3] = loss
-    if dist.is_initialized():
-        dist.all_reduce(told)
-    world, stopping, skipped, loss = told.tolist()
+    skipped = sum(at.skipped + at.skipped_since for at in positions.values())
+    if not dist.is_initialized():
+        return float(loss), bool(stop), skipped
+    told = torch.tensor([1, loss, len(stop), skipped], device=loss.device, dtype=torch.float64)
+    dist.all_reduce(told)
+    world, loss, stopping, skipped = told.tolist()
     return loss / world, stopping > 0, int(skipped)
 
 
@@ -654,16 +656,15 @@ def log(s: Settings, line: dict[str, float]) -> None:
 
 
 def curve(steps: list[int], losses: list[float], size: tuple[int, int] = (800, 400), margin: int = 50) -> Image.Image:
-    """The loss over the steps, on a logarithmic scale."""
+    """The loss over the steps."""
     page = Image.new("RGB", size, "white")
     pen, (width, height) = ImageDraw.Draw(page), size
-    low, high = min(losses), max(max(losses), min(losses) * 1.01)
+    low, high = min(losses), max(losses) + 1e-9
 
     def at(step: float, loss: float) -> tuple[float, float]:
-        return (margin + (width - 2 * margin) * (step - steps[0]) / (steps[-1] - steps[0]),
-                height - margin - (height - 2 * margin) * math.log(loss / low) / math.log(high / low))
+        return margin + (width - 2 * margin) * (step - steps[0]) / (steps[-1] - steps[0]), height - margin - (height - 2 * margin) * (loss - low) / (high - low)
     for i in range(5):
-        loss, step = low * (high / low) ** (i / 4), steps[0] + (steps[-1] - steps[0]) * i / 4
+        step, loss = steps[0] + (steps[-1] - steps[0]) * i / 4, low + (high - low) * i / 4
         pen.line([at(steps[0], loss), at(steps[-1], loss)], "lightgray")
         pen.text((margin - 5, at(step, loss)[1]), f"{loss:.3g}", "black", anchor="rm")
         pen.text((at(step, loss)[0], height - margin + 8), f"{step:.0f}", "black", anchor="mt")
