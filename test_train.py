@@ -330,11 +330,12 @@ def test_a_stream_without_end_takes_no_memory(tmp_path):
     (tmp_path / "make.py").write_text(MAKE)
     url = f"pipe:{sys.executable} {tmp_path}/make.py {{00..{shards - 1:02}}} {n // shards}"
     (tmp_path / "read.py").write_text(READ)
-    readers = [subprocess.Popen([sys.executable, tmp_path / "read.py", url, str(rank), str(n)], stdout=subprocess.PIPE, text=True, cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE)})
-               for rank in range(4)]
+    readers = [subprocess.Popen([sys.executable, tmp_path / "read.py", url, str(rank), str(n)], stdout=open(tmp_path / str(rank), "w"), cwd=HERE,
+                                env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}) for rank in range(4)]
     seen = bytearray(n)
-    for reader in readers:
-        *numbers, memory = reader.communicate()[0].splitlines()
+    for rank, reader in enumerate(readers):
+        assert reader.wait() == 0
+        *numbers, memory = (tmp_path / str(rank)).read_text().splitlines()
         for line in numbers:
             for number in map(int, line.split()):
                 seen[number] += 1
