@@ -234,14 +234,17 @@ class StableDiffusion:
             if (weights != 1).any():
                 features = emphasised(features, weights.flatten(0, 1))
             told.append((features.unflatten(0, (-1, rows)).flatten(1, 2), pooled[::rows]))  # '(b n) t d -> b (n t) d'
-        context, y = torch.cat([features for features, _ in told], dim=-1), told[-1][1]
+        height, width = (self.config.size if side is None else side for side in (height, width))
+        return self.sized(torch.cat([features for features, _ in told], dim=-1), told[-1][1], torch.tensor([[height, width, 0, 0, height, width]] * len(prompts)))
+
+    def sized(self, context: Tensor, pooled: Tensor, sizes: Tensor) -> dict[str, Tensor]:
+        """What the UNet is told: the words' vectors, the texts', and for SDXL each picture's sizes (B, 6)."""
         if self.config.unet.adm_in_channels is None:
             return {"context": context}
-        if room := self.config.unet.adm_in_channels - y.shape[1]:
-            height, width = (self.config.size if side is None else side for side in (height, width))
-            sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
-            y = torch.cat([y, timestep_embedding(sizes, room // 6).flatten().expand(len(y), -1).to(y)], dim=1)
-        return {"context": context, "y": y}
+        if room := self.config.unet.adm_in_channels - pooled.shape[1]:
+            times = timestep_embedding(sizes.flatten().to(self.device), room // 6)
+            pooled = torch.cat([pooled, times.view(len(sizes), room).to(pooled)], dim=1)
+        return {"context": context, "y": pooled}
 
     def rows(self, prompts: list[str]) -> int:
         """How many rows of 77 tokens the longest of them takes."""

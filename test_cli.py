@@ -1,9 +1,8 @@
-"""The two commands, sd.py and train.py, as a user meets them: right use, wrong use, interruption."""
+"""The command sd.py as a user meets it: right use, wrong use."""
 import json
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sd as sd_module
-import train as train_module
 from clip import CLIPTextConfig
 from model import UNetConfig
 from sd import BUILTIN, PRESETS, Preset, StableDiffusion
@@ -494,132 +492,6 @@ def test_nan_is_told_and_never_drawn(tiny, tmp_path, capsys):
     tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
     save_file(tensors, path, {"config": safe_open(tiny, "pt").metadata()["config"]})
     assert "NaN in the decoded picture" in refused(capsys, tmp_path / "o.png", "--ckpt", path)
-
-
-# --- train.py ---
-
-@pytest.fixture(scope="module")
-def five(tmp_path_factory):
-    """Five captioned pictures: discs of five colours on transparent ground."""
-    folder = tmp_path_factory.mktemp("five")
-    for name in ("red", "green", "blue", "yellow", "black"):
-        disc = Image.composite(Image.new("RGBA", (80, 80), name), Image.new("RGBA", (80, 80)), Image.radial_gradient("L").resize((80, 80)).point(lambda v: 255 * (v < 90)))
-        disc.save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"{name} disc\na {name} disc\n")
-    return folder
-
-
-def trained(capsys, *args):
-    code, err, out = command(train_module, capsys, *args)
-    assert code == 0, err
-    return out
-
-
-@pytest.mark.parametrize("what", ["unet", "vae", "decoder"])
-def test_resumed_training_equals_uninterrupted(tiny, five, tmp_path, capsys, what):
-    """Killed after step 4 of 8 and started again: the same weights, bit for bit, in model.safetensors and state.pt."""
-    common = ["--data", five, "--init", tiny, "--train", what, "--steps", 8, "--batch", 3, "--save-every", 4, "--sample-every", 0, "--device", "cpu", "--warmup", 6, "--decay", 3]
-    trained(capsys, *common, "--out", tmp_path / "whole")
-    save = StableDiffusion.save
-
-    def save_then_die(self, path, *rest):
-        if save_then_die.saves == 1:
-            raise KeyboardInterrupt
-        save_then_die.saves += 1
-        save(self, path, *rest)
-    save_then_die.saves = 0
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StableDiffusion, "save", save_then_die)
-        command(train_module, capsys, *common, "--out", tmp_path / "cut")
-    assert "steps 4 to 8" in trained(capsys, *common, "--out", tmp_path / "cut")
-    whole, cut = (torch.load(tmp_path / run / "state.pt") for run in ("whole", "cut"))
-    start = load_file(tiny)
-    moved = load_file(tmp_path / "whole/model.safetensors")
-    assert any(not torch.equal(moved[name].float(), start[name].half().float()) for name in start)
-    assert whole["step"] == cut["step"] == 8
-    for key in ("params", "ema"):
-        assert all(torch.equal(a, b) for a, b in zip(whole[key], cut[key], strict=True))
-    again = load_file(tmp_path / "cut/model.safetensors")
-    assert all(torch.equal(moved[name], again[name]) for name in moved)
-
-
-def test_one_batch_is_learned_by_heart(five, tmp_path, capsys):
-    """A random UNet on the built-in VAE and five discs: the loss falls from over 1 to under 0.25, and words then choose the colour."""
-    torch.set_num_threads(2)
-    out = trained(capsys, "--data", five, "--out", tmp_path / "o", "--init", "emoji", "--steps", 150, "--batch", 5, "--lr", 2e-3, "--log-every", 10, "--tokens", 16,
-                  "--time-shift", 3, "--caption-dropout", 0, "--ema", 0.9, "--device", "cpu")
-    torch.set_num_threads(1)
-    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
-    assert losses[-1] < 0.25 and losses[0] > 1, losses
-    sd = StableDiffusion.load(tmp_path / "o/model.safetensors")
-    for name, rgb in (("red", (1, 0, 0)), ("blue", (0, 0, 1)), ("yellow", (1, 1, 0))):
-        middle = np.asarray(sd.generate(f"{name} disc", guidance=1)[0])[24:40, 24:40].mean((0, 1)) / 255
-        assert np.abs(middle - rgb).max() < 0.3, (name, middle)
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_autocast_trains_nearly_as_fp32(tiny, five, tmp_path, capsys, amp):
-    losses = {}
-    for kind in (amp, ""):
-        out = trained(capsys, "--data", five, "--init", tiny, "--steps", 3, "--batch", 2, "--log-every", 1, "--device", "cpu", "--amp", kind, "--out", tmp_path / f"o{kind}")
-        losses[kind] = [float(x) for x in re.findall(r"loss ([\d.]+)", out)]
-    assert len(losses[amp]) == 3 and np.allclose(losses[amp], losses[""], rtol=0.02), losses
-
-
-def test_a_changed_row_is_trained_on_the_builtin_vae(five, tmp_path, capsys):
-    """README, "Change one thing": --init emoji takes the row of PRESETS as it stands, with random weights, and the trained VAE."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "emoji", replace(PRESETS["emoji"], prediction="eps"))
-        trained(capsys, "--data", five, "--out", tmp_path / "o", "--init", "emoji", "--steps", 1, "--batch", 2, "--device", "cpu")
-    sd, builtin = StableDiffusion.load(tmp_path / "o/model.safetensors"), StableDiffusion.load()
-    assert sd.config.prediction == "eps" and sd.config.vae == builtin.config.vae
-    assert all(torch.equal(a, b) for a, b in zip(sd.vae.state_dict().values(), builtin.vae.state_dict().values(), strict=True))
-    assert not torch.equal(sd.unet.out[0].weight, builtin.unet.out[0].weight)
-
-
-def test_times_stay_in_range():
-    """fp32 rounds the largest u up to time 1000 for some shifts."""
-    u = torch.tensor([0.0, 0.5, 1 - 2**-24])
-    for shift in (1, 2, 3, 6, 10):
-        assert train_module.shifted(u, shift).tolist() == [0, int(1000 * shift * 0.5 / (1 + (shift - 1) * 0.5)), 999]
-
-
-def test_sigterm_saves_and_leaves(tiny, five, tmp_path, capsys):
-    """Stopped in the middle, it ends the step, saves, and the same command goes on."""
-    common = ["--data", five, "--init", tiny, "--batch", 2, "--sample-every", 0, "--device", "cpu", "--out", tmp_path / "o", "--steps", 6]
-    order = train_module.Pictures.order
-
-    def order_then_signal(self, step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return order(self, step)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module.Pictures, "order", order_then_signal)
-        assert "stopped and saved after step 4" in trained(capsys, *common)
-    StableDiffusion.load(tmp_path / "o/model.safetensors")
-    assert "steps 4 to 6" in trained(capsys, *common)
-
-
-def test_finetune_loads_in_sd(five, tmp_path, capsys):
-    """The README's fine-tuning command, shortened: built-in model, five pictures, and its file draws."""
-    trained(capsys, "--data", five, "--out", tmp_path / "mine", "--steps", 3, "--batch", 2, "--sample-every", 3)
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == ["model.safetensors", "sample-0000003.png", "state.pt"]
-    assert command(sd_module, capsys, "red disc", "--ckpt", tmp_path / "mine/model.safetensors", "--out", tmp_path / "o.png")[0] == 0
-
-
-def test_train_wrongly_used(tiny, five, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "uncaptioned").mkdir()
-    shutil.copy(five / "red.png", tmp_path / "uncaptioned")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/x.png").write_bytes(b"no picture")
-    for args, words in ((["--data", tmp_path / "empty"], "no pictures"), (["--data", tmp_path / "nowhere"], "no pictures"), (["--data", tmp_path / "uncaptioned"], "red.txt"),
-                        (["--data", tmp_path / "broken"], "x.png"), (["--data", five, "--init", "nowhere.safetensors"], "no such file"), (["--data", five, "--lr", "1e9"], "the loss is"),
-                        (["--data", five, "--train", "gan"], "gan"), (["--data", five, "--batch", 0], "--batch"), (["--data", five, "--tokens", 99], "--tokens"),
-                        (["--data", five, "--init", "sd1"], "latent channels"), (["--data", five, "--out", __file__ + "/x"], "cannot write"),
-                        (["--data", five, "--device", "toaster"], "toaster")):
-        code, err, _ = command(train_module, capsys, "--init", tiny, "--steps", 30, "--log-every", 5, "--out", tmp_path / "out", "--sample-every", 0, *args)
-        assert code == 2 and words in err and err.count("\n") == 1, (args, err)
 
 
 def test_bench_ends_when_one_of_its_processes_does():
