@@ -136,7 +136,7 @@ def train(s: Settings) -> None:
             group["lr"] = s.lr * min(1, (step + 1) / max(s.warmup, 1), (s.steps - step) / max(s.decay, 1))
         loss = torch.zeros((), device=device)
         for i, (weight, batches) in enumerate(streams, 1):
-            with one_pass(model, i == len(streams)):
+            with one_pass(model, i == len(streams), sd.device.type == "cpu" and sd.config.size < 256):
                 with autocast:
                     part = weight / s.accumulate * model(next(batches), step)
                 scaler.scale(part).backward()
@@ -518,12 +518,12 @@ def spread(s: Settings, loss_of: UNetLoss | VAELoss) -> nn.Module:
 # --- many processes ---
 
 @contextmanager
-def one_pass(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are exchanged after the last pass of a step only. On a CPU attention goes step by step: the fused kernel's backward is slow."""
+def one_pass(model: nn.Module, last: bool, step_by_step: bool) -> Iterator[None]:
+    """Gradients are exchanged after the last pass of a step only. Attention goes `step_by_step` where the fused CPU kernel's backward is slow: over few positions."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     with (model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext(),
-          sdpa_kernel(SDPBackend.MATH) if next(model.parameters()).device.type == "cpu" else nullcontext()):
+          sdpa_kernel(SDPBackend.MATH) if step_by_step else nullcontext()):
         yield
 
 
