@@ -75,7 +75,7 @@ def test_classifier_learns(emoji):
     """Two outlines: after 60 steps they are told apart, of other sizes and places."""
     few = {key: image for key, image in emoji.items() if key[0] in NAMES[:2]}
     names, g = torch.arange(2).repeat_interleave(3).repeat(8), torch.Generator().manual_seed(1)
-    x = classify.varied(torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in few.values()]).repeat(8, 1, 1, 1), g)
+    x = classify.varied(torch.stack([torch.from_numpy(np.array(classify.whole(image))).permute(2, 0, 1) for image in few.values()]).repeat(8, 1, 1, 1), g)
     assert x.shape == (48, 3, 64, 64) and 0 <= x.min() and x.max() <= 1
     assert (classify.learn(few, 60, batch=16)(x)[0].argmax(1) == names).float().mean() > 0.8
 
