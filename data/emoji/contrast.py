@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from classify import load_emoji
 from PIL import Image
 from prepare import HERE, STYLES, with_article
 from safetensors.torch import load_file
@@ -32,8 +33,7 @@ sys.path.insert(0, str(HERE.parents[1] / "lecture"))
 from clip import EOS, Tokenizer  # noqa: E402
 from compose import COLOURS, fits, moved, on_ground, pair, recolour, set_aside  # noqa: E402
 from contrastive import contrastive_loss  # noqa: E402
-from sd import PRESETS, StableDiffusion, pixels  # noqa: E402
-from train import read_captions, read_rgba  # noqa: E402
+from sd import PRESETS, StableDiffusion, on_white, pixels, read_image  # noqa: E402
 
 TOKENS = 24  # the longest caption of compose.py
 
@@ -84,9 +84,8 @@ def loss_of(model: Towers, z: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latents(sd: StableDiffusion, paths: list[Path]) -> Tensor:
-    rgba = torch.stack([read_rgba(path, sd.config.size) for path in paths])
-    return torch.cat([sd.vae.moments(torch.lerp(torch.ones(()), x[:, :3], x[:, 3:]) * 2 - 1)[0].half()
-                      for x in (chunk.float() / 255 for chunk in rgba.split(16))])
+    x = (pixels([on_white(read_image(path)) for path in paths[i:i + 16]]) for i in range(0, len(paths), 16))
+    return torch.cat([sd.vae.moments(some)[0].half() for some in x])
 
 
 def quiz(kind: str, n: int, emoji: dict, seed: int = 0) -> tuple[list[str], list[Image.Image]]:
@@ -144,10 +143,10 @@ def main() -> None:
     sd.text.embeddings.token_embedding.requires_grad_(False)
 
     paths = sorted((HERE / "train").glob("*.png"))
-    emoji = {tuple(read_captions(path.with_suffix(".txt"))[0].split(", ")): Image.open(path).convert("RGBA") for path in paths}
+    emoji = load_emoji()  # of those paths, in their order
     names = [name for name, _ in emoji]
     paths += sorted((HERE / "composed").glob("*.png"))
-    captions = [read_captions(path.with_suffix(".txt")) for path in paths]
+    captions = [path.with_suffix(".txt").read_text().splitlines() for path in paths]
     z = latents(sd, paths)
     quizzes = {kind: quiz(kind, 200, emoji) for kind in ("known", "colours", "pairs")}
     with torch.no_grad():
