@@ -174,7 +174,7 @@ def main() -> None:
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             found = {kind: retrieval(model.eval(), tokenizer, pictures, prompts) for kind, (prompts, pictures) in quizzes.items()}
             found["synonyms"] = found_synonyms(model, tokenizer, z[:bare].float(), names)
-            print(f"step {step + 1}/{args.steps}  loss {total / 100:.3f}  {time.time() - clock:.0f} s  whole, parts: "
+            print(f"step {step + 1}/{args.steps}  loss {total / (step % 100 + 1):.3f}  {time.time() - clock:.0f} s  whole, parts: "
                   + ", ".join(f"{kind} {a:.0%} {b:.0%}" for kind, (a, b) in found.items()), flush=True)
             total = 0.0
     args.out.mkdir(parents=True, exist_ok=True)
