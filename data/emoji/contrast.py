@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from classify import load_emoji
 from PIL import Image
 from prepare import HERE, STYLES, with_article
 from safetensors.torch import load_file
@@ -32,7 +33,6 @@ sys.path.insert(0, str(HERE.parents[1] / "lecture"))
 from clip import EOS, Tokenizer  # noqa: E402
 from compose import COLOURS, fits, moved, on_ground, pair, recolour, set_aside  # noqa: E402
 from contrastive import contrastive_loss  # noqa: E402
-from data import captions_of  # noqa: E402
 from sd import PRESETS, StableDiffusion, on_white, pixels, read_image  # noqa: E402
 
 TOKENS = 24  # the longest caption of compose.py
@@ -84,8 +84,8 @@ def loss_of(model: Towers, z: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def latents(sd: StableDiffusion, paths: list[Path]) -> Tensor:
-    chunks = [paths[i:i + 16] for i in range(0, len(paths), 16)]
-    return torch.cat([sd.vae.moments(pixels([on_white(read_image(path)) for path in chunk]))[0].half() for chunk in chunks])
+    x = (pixels([on_white(read_image(path)) for path in paths[i:i + 16]]) for i in range(0, len(paths), 16))
+    return torch.cat([sd.vae.moments(some)[0].half() for some in x])
 
 
 def quiz(kind: str, n: int, emoji: dict, seed: int = 0) -> tuple[list[str], list[Image.Image]]:
@@ -143,10 +143,10 @@ def main() -> None:
     sd.text.embeddings.token_embedding.requires_grad_(False)
 
     paths = sorted((HERE / "train").glob("*.png"))
-    emoji = {tuple(captions_of(path)[0].split(", ")): Image.open(path).convert("RGBA") for path in paths}
+    emoji = load_emoji()  # of those paths, in their order
     names = [name for name, _ in emoji]
     paths += sorted((HERE / "composed").glob("*.png"))
-    captions = [captions_of(path) for path in paths]
+    captions = [path.with_suffix(".txt").read_text().splitlines() for path in paths]
     z = latents(sd, paths)
     quizzes = {kind: quiz(kind, 200, emoji) for kind in ("known", "colours", "pairs")}
     with torch.no_grad():
@@ -174,7 +174,7 @@ def main() -> None:
         if (step + 1) % 100 == 0 or step + 1 == args.steps:
             found = {kind: retrieval(model.eval(), tokenizer, pictures, prompts) for kind, (prompts, pictures) in quizzes.items()}
             found["synonyms"] = found_synonyms(model, tokenizer, z[:bare].float(), names)
-            print(f"step {step + 1}/{args.steps}  loss {total / 100:.3f}  {time.time() - clock:.0f} s  whole, parts: "
+            print(f"step {step + 1}/{args.steps}  loss {total / (step % 100 + 1):.3f}  {time.time() - clock:.0f} s  whole, parts: "
                   + ", ".join(f"{kind} {a:.0%} {b:.0%}" for kind, (a, b) in found.items()), flush=True)
             total = 0.0
     args.out.mkdir(parents=True, exist_ok=True)
