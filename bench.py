@@ -184,8 +184,7 @@ def their_text(device: str, dtype: torch.dtype, _: bool) -> Callable[[], object]
 def bench_load(dtype: torch.dtype, device: str, rounds: int) -> None:
     """A file of 2.1 GB (fp16), ours and that of a diffusers folder, to a ready model; imports not counted. In bf16 too, which any CPU can hold."""
     with tempfile.TemporaryDirectory() as tmp:
-        our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
-        write_their_folder(tmp)
+        write_files(tmp, theirs=True)
         for each in dict.fromkeys([dtype, torch.bfloat16]):
             timed = "import sys, time, torch; {0}; start = time.perf_counter(); {1}; print(time.perf_counter() - start)"
             codes = {"this": timed.format("from sd import *", f"sd = StableDiffusion.load('{tmp}/sd1.safetensors', '{device}', {each})"),
@@ -203,8 +202,7 @@ def bench_run(dtype: torch.dtype, device: str, rounds: int) -> None:
     """A picture of 512x512 in 3 steps from process start to PNG."""
     name = next(name for name, value in DTYPES.items() if value == dtype)
     with tempfile.TemporaryDirectory() as tmp:
-        our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
-        write_their_folder(tmp)
+        write_files(tmp, theirs=True)
         code = (f"import torch; from diffusers import StableDiffusionPipeline as P; pipe = P.from_pretrained('{tmp}/theirs', torch_dtype={dtype}, variant='fp16')"
                 f".to('{device}'); pipe('{PROMPT}', num_inference_steps=3).images[0].save('{tmp}/theirs.png')")
         commands = {"this": [sys.executable, HERE / "sd.py", PROMPT, "--ckpt", f"{tmp}/sd1.safetensors", "--steps", "3", "--dtype", name, "--device", device,
@@ -223,7 +221,7 @@ def bench_sizes(dtype: torch.dtype, device: str, rounds: int) -> None:
             "times.append(time.perf_counter()); print(times[1] - times[0], times[2] - times[1], sum(t.nbytes for t in sd.state_dict().values()) / 1e9)")
     print("\n| side | guided step | decoding | memory beyond the weights | --lowmem: step | decoding | memory |\n|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as tmp:
-        our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
+        write_files(tmp, theirs=False)
         for side in (256, 512, 768, 1024):
             cells = []
             for lowmem in ("", "lowmem"):
@@ -241,6 +239,19 @@ def run(args: list) -> tuple[float, str]:
     if status:
         sys.exit(f"bench.py: {args[1:3]} failed:\n{said[-2000:]}")
     return usage.ru_maxrss / 1e6, said
+
+
+def write_files(tmp: str, theirs: bool) -> None:
+    """In a process of its own: the greatest memory of a process is counted from that of the one that starts it."""
+    writer = multiprocessing.get_context("spawn").Process(target=write_files_here, args=(tmp, theirs))
+    writer.start()
+    writer.join()
+
+
+def write_files_here(tmp: str, theirs: bool) -> None:
+    our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
+    if theirs:
+        write_their_folder(tmp)
 
 
 def write_their_folder(tmp: str) -> None:
