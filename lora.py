@@ -1,6 +1,7 @@
 """What is put on top of a model: LoRA and words learned by textual inversion.
 
-LoRA is a fine-tune as a small file, one product of two thin matrices beside each of some layers: W + scale * alpha / rank * up @ down. Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. A file names the layers as kohya's tools do
+LoRA is a fine-tune as a small file, one product of two thin matrices beside each of some layers: W + scale * alpha / rank * up @ down.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. A file names the layers as kohya's tools do
 (`lora_unet_down_blocks_0_..._attn1_to_q.lora_down.weight` and `.alpha`; for SDXL also `lora_unet_input_blocks_...`), or as diffusers and peft
 do (`unet.down_blocks.0...attn1.to_q.lora_A.weight`). With underscores for dots, and a few beginnings changed, both come to the names in `layers`.
 """
@@ -88,9 +89,10 @@ def open_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
 def add_embedding(sd: "StableDiffusion", path: str | Path) -> list[str]:
     """Words learned by textual inversion (Gal et al. 2022): {word: vectors (N, D)}, or one that is called as the file is. Returns them.
 
-    Raises UserError if the file cannot be read, is for another family of models, or takes a word for its own that the vocabulary has.
+    Raises UserError if the file cannot be read, is for another family of models, or takes a word for its own that the vocabulary has; the
+    model then stays as it was.
     """
-    path, words, served = Path(path), [], set()
+    path, learned = Path(path), []
     for name, read in open_tensors(path)[0].items():
         vectors = torch.atleast_2d(read().float())
         word = path.stem if name in ("*", "emb_params", "clip_l", "clip_g") else name  # as A1111 and for SDXL
@@ -98,14 +100,15 @@ def add_embedding(sd: "StableDiffusion", path: str | Path) -> list[str]:
         if vectors.shape[1] not in widths:
             raise UserError(f"{path} is for another family of models: its vectors are {vectors.shape[1]} wide, here {' and '.join(map(str, widths))}")
         i = widths.index(vectors.shape[1])
-        if word in sd.tokenizers[i].bpe.get_vocab():
+        if word in sd.tokenizers[i].bpe.get_vocab() or (i, word) in [one[:2] for one in learned]:
             raise UserError(f"{path}: {word!r} is in the vocabulary already: rename it")
-        sd.tokenizers[i].add_word(word, sd.encoders[i].embeddings.learn(vectors))
-        words.append(word)
-        served.add(i)
+        learned.append((i, word, vectors))
+    served = {i for i, _, _ in learned}
     if len(served) < len(sd.encoders):
         raise UserError(f"{path} is for another family of models: it has vectors for {len(served)} of {len(sd.encoders)} text encoders")
-    return words
+    for i, word, vectors in learned:
+        sd.tokenizers[i].add_word(word, sd.encoders[i].embeddings.learn(vectors))
+    return [word for _, word, _ in learned]
 
 
 class LoRA(nn.Module):

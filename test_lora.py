@@ -326,8 +326,10 @@ def test_a_learned_word_is_not_in_a_saved_folder(tmp_path):
 def test_a_word_for_one_of_two_encoders_is_told(tmp_path):
     """As one of SD 1.x is, whose width SDXL's first encoder has."""
     save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "zyxcat.safetensors")
+    sd, _ = copies("sdxl")
     with pytest.raises(UserError, match="another family of models: it has vectors for 1 of 2 text encoders"):
-        add_embedding(copies("sdxl")[0], tmp_path / "zyxcat.safetensors")
+        add_embedding(sd, tmp_path / "zyxcat.safetensors")
+    assert sd.encoders[0].embeddings.learned is None and "zyxcat" not in sd.tokenizer.bpe.get_vocab()  # the model stays as it was
 
 
 @pytest.mark.parametrize("state, name, said", [

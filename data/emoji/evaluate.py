@@ -223,10 +223,8 @@ def main() -> None:
     def draw(prompts: list[str]) -> list[Image.Image]:
         return [image for i in tqdm(range(0, len(prompts), 10)) for image in sd.generate(prompts[i:i + 10], seed=i, **settings)]
 
-    @torch.no_grad()
     def through_vae(images: list[Image.Image]) -> list[Image.Image]:
-        x = torch.cat([sd.vae.decode(sd.vae.encode(pixels([image]).to(sd.device))).clamp(-1, 1) for image in images])
-        return [Image.fromarray(p) for p in (x * 127.5 + 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+        return [sd.decode_latents(sd.encode_image([image]))[0] for image in images]
 
     rows, apart = table(draw, through_vae, args.n, emoji, json.loads(sd.metadata.get("captions", "[]")))
     print(f"{'':36}{'bar':>6}  {'nearest':>8} {'(true)':>7}   classifier (true)")
