@@ -240,7 +240,7 @@ def test_gradient_equals_diffusers(grouped, five, tmp_path, prediction, gamma):
     sd.save(tmp_path / "folder", torch.float32)
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "folder/unet")
     scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction])
-    x0, t, noise, keep = loss_of.draw(batch, 3)
+    x0, t, noise, keep, _ = loss_of.draw(batch, 3)
     context = sd.encode_prompt([caption if kept else "" for caption, kept in zip(batch.captions, keep)])
     assert 0 < keep.sum() < 4
     wanted = noise if prediction == "eps" else scheduler.get_velocity(x0, noise, t)

@@ -76,6 +76,7 @@ class Settings:
     clip: float = setting(1.0, "largest norm of the gradient")
     ema: float = setting(0.999, "averaging of the weights that are saved; 0: none")
     caption_dropout: float = setting(0.1, "share of empty captions, for classifier-free guidance")
+    pooled_dropout: float = setting(0.0, "share of captions whose one vector is zeroed, so that the UNet must read those of the words")
     time_shift: float = setting(1.0, "above 1: more training at high noise, t' = s t / (1 + (s - 1) t)")
     min_snr: float = setting(0.0, "gamma of min-SNR weighting, usually 5; 0: none")
     tokens: int = setting(77, "length of the caption rows; shorter is faster, and what does not fit is cut off")
@@ -223,7 +224,7 @@ class UNetLoss(nn.Module):
         if dist.is_initialized():
             dist.barrier()
         if folders:
-            firsts = [sample.captions[0] for sample in folders[0].samples]
+            firsts = list(dict.fromkeys(sample.captions[0] for sample in folders[0].samples))
             self.sd.metadata["captions"] = json.dumps(firsts[:10_000])
             self.prompts = [firsts[i * len(firsts) // min(len(firsts), 24)] for i in range(min(len(firsts), 24))]
 
@@ -250,21 +251,22 @@ class UNetLoss(nn.Module):
             told = [encoder.encode(tokenizer(captions).to(self.sd.device)) for encoder, tokenizer in zip(self.sd.encoders, self.tokenizers)]
         return torch.cat([features for features, _ in told], dim=-1), told[-1][1]
 
-    def draw(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each sample latents x0 (B, Z, h, w), a time (B,), noise (B, Z, h, w), and whether its caption is kept (B,)."""
+    def draw(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Of each sample latents x0 (B, Z, h, w), a time (B,), noise (B, Z, h, w), and whether its caption is kept, and that one's pooled vector (B,)."""
         s, device = self.s, self.sd.device
         mean, std = self.moments(batch.pixels) if batch.latents is None else (moment.to(device) for moment in batch.latents)
         generators = [generator(s.seed, 6, place) for place in batch.places]
         first, noise = (torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(device) for _ in range(2))
-        keep = torch.stack([torch.rand((), generator=g) for g in generators]) >= s.caption_dropout
+        keep, keep_pooled = (torch.stack([torch.rand((), generator=g) for g in generators]) >= share for share in (s.caption_dropout, s.pooled_dropout))
         u = torch.rand((), generator=generator(s.seed, 7, step), dtype=torch.float64)
         u = (u + torch.tensor(batch.places, dtype=torch.float64) / self.samples_a_step) % 1  # evenly spread: less noise in the loss
-        return (mean + std * first) * self.sd.config.vae.scale_factor, shifted(u, s.time_shift).to(device), noise, keep
+        return (mean + std * first) * self.sd.config.vae.scale_factor, shifted(u, s.time_shift).to(device), noise, keep, keep_pooled
 
     def forward(self, batch: Batch, step: int) -> Tensor:
         self.prompts = self.prompts or batch.captions[:24]  # of shards
-        x0, t, noise, keep = self.draw(batch, step)
+        x0, t, noise, keep, keep_pooled = self.draw(batch, step)
         context, pooled = self.told([caption if kept else "" for caption, kept in zip(batch.captions, keep)])
+        pooled = pooled * keep_pooled.to(pooled)[:, None]
         if self.sd.config.zero_negative:
             keep = keep.to(context)
             context, pooled = context * keep[:, None, None], pooled * keep[:, None]
