@@ -89,30 +89,28 @@ def table(title: str, seconds: dict[str, list[float]], unit: str = "s", digits: 
         print(f"| {name} {more.get(name, '')}| {median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f}) | {share} |", flush=True)
 
 
-def our_model(dtype: torch.dtype, device: str) -> StableDiffusion:
-    """Random weights, laid out as `load` lays them out."""
+def our_part(part: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Random weights, placed as `load` places them, of this part alone: drawing them all takes half a minute."""
     torch.manual_seed(0)
-    sd = StableDiffusion(PRESETS["sd1"])
+    with torch.device("meta"):
+        sd = StableDiffusion(PRESETS["sd1"])
+    network = getattr(sd, part).to_empty(device="cpu").apply(lambda layer: layer.reset_parameters() if hasattr(layer, "reset_parameters") else None)
+    sd.parts = {prefix: one for prefix, one in sd.parts.items() if one is network}
     sd.place(device, dtype)
-    return sd
+    return network
 
 
-def their_parts(dtype: torch.dtype, device: str, channels_last: bool) -> dict[str, torch.nn.Module]:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+def their_part(part: str, dtype: torch.dtype, device: str, channels_last: bool) -> torch.nn.Module:
+    import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(0)
-    wide = (128, 256, 512, 512)
-    parts = {
-        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        "vae": AutoencoderKL(block_out_channels=wide, layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
-                             up_block_types=("UpDecoderBlock2D",) * 4),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)),
-    }
-    for part in parts.values():
-        part.to(device, dtype).eval().requires_grad_(False)
-        if channels_last:
-            part.to(memory_format=torch.channels_last)
-    return parts
+    build = {
+        "unet": partial(diffusers.UNet2DConditionModel, sample_size=64, cross_attention_dim=768),
+        "vae": partial(diffusers.AutoencoderKL, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                       down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+        "text_encoder": partial(CLIPTextModel, CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)),
+    }[part]
+    return build().to(device, dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format).eval().requires_grad_(False)
 
 
 def their_settings(dtype: torch.dtype) -> dict[str, tuple[torch.dtype, bool]]:
@@ -131,16 +129,16 @@ def bench_step(dtype: torch.dtype, device: str, rounds: int) -> None:
 
 
 def our_step(dtype: torch.dtype, device: str) -> Callable[[], object]:
-    sd = our_model(dtype, device)
+    unet = our_part("unet", dtype, device)
     x, told = torch.randn(1, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
-    keep = words_kept(sd.unet)
+    keep = words_kept(unet)
     keep.__enter__()  # for good: the process is for this alone
-    denoise = guided(denoiser(sd.unet, "eps"), *({"context": half.to(dtype)} for half in told.split(1)), scale=7.5)
+    denoise = guided(denoiser(unet, "eps"), *({"context": half.to(dtype)} for half in told.split(1)), scale=7.5)
     return lambda: (keep, denoise(x, 7.0))
 
 
 def their_step(device: str, dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:
-    unet = their_parts(dtype, device, channels_last)["unet"]
+    unet = their_part("unet", dtype, device, channels_last)
     x, told = torch.randn(2, 4, 64, 64, device=device, dtype=dtype), torch.randn(2, 77, 768, device=device, dtype=dtype)
 
     def step() -> torch.Tensor:
@@ -155,13 +153,13 @@ def bench_vae(dtype: torch.dtype, device: str, rounds: int) -> None:
 
 
 def our_decoding(dtype: torch.dtype, device: str) -> Callable[[], object]:
-    vae = our_model(dtype, device).vae
+    vae = our_part("vae", dtype, device)
     z = torch.randn(1, 4, 64, 64).to(vae.quant_conv.weight)
     return lambda: vae.decode(z)
 
 
 def their_decoding(device: str, dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:
-    vae, z = their_parts(dtype, device, channels_last)["vae"], torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
+    vae, z = their_part("vae", dtype, device, channels_last), torch.randn(1, 4, 64, 64, device=device, dtype=dtype)
     return lambda: vae.decode(z, return_dict=False)
 
 
@@ -171,13 +169,12 @@ def bench_text(dtype: torch.dtype, device: str, rounds: int) -> None:
 
 
 def our_text(dtype: torch.dtype, device: str) -> Callable[[], object]:
-    sd = our_model(dtype, device)
-    tokens = sd.tokenizer([PROMPT, ""]).to(device)
-    return lambda: sd.text(tokens)
+    text, tokens = our_part("text", dtype, device), Tokenizer()([PROMPT, ""]).to(device)
+    return lambda: text(tokens)
 
 
 def their_text(device: str, dtype: torch.dtype, _: bool) -> Callable[[], object]:
-    text, tokens = their_parts(dtype, device, False)["text_encoder"], Tokenizer()([PROMPT, ""]).to(device)
+    text, tokens = their_part("text_encoder", dtype, device, False), Tokenizer()([PROMPT, ""]).to(device)
     return lambda: text(tokens)
 
 
@@ -249,7 +246,8 @@ def write_files(tmp: str, theirs: bool) -> None:
 
 
 def write_files_here(tmp: str, theirs: bool) -> None:
-    our_model(torch.float32, "cpu").save(f"{tmp}/sd1.safetensors")
+    torch.manual_seed(0)
+    StableDiffusion(PRESETS["sd1"]).save(f"{tmp}/sd1.safetensors")
     if theirs:
         write_their_folder(tmp)
 
@@ -257,9 +255,9 @@ def write_files_here(tmp: str, theirs: bool) -> None:
 def write_their_folder(tmp: str) -> None:
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizerFast
-    ours = StableDiffusion(PRESETS["emoji"]).tokenizer.bpe
-    tokenizer = CLIPTokenizerFast(tokenizer_object=ours, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=77)
-    pipe = StableDiffusionPipeline(**their_parts(torch.float16, "cpu", False), tokenizer=tokenizer, scheduler=DPMSolverMultistepScheduler(),
+    tokenizer = CLIPTokenizerFast(tokenizer_object=Tokenizer().bpe, bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=77)
+    parts = {part: their_part(part, torch.float16, "cpu", False) for part in ("unet", "vae", "text_encoder")}
+    pipe = StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=DPMSolverMultistepScheduler(),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.save_pretrained(f"{tmp}/theirs", variant="fp16")
 
