@@ -15,6 +15,7 @@ E width of the time embedding (4 * model_channels).
         +-------------> ResBlock, SpatialTransformer, ResBlock (middle) --------+
 """
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -288,6 +289,34 @@ def words_kept(unet: UNetModel) -> Iterator[None]:
     finally:
         for layer in layers.values():
             layer.kept = None
+
+
+@contextmanager
+def deep_kept(unet: UNetModel, every: int) -> Iterator[None]:
+    """Within, only every `every`-th call with a context tensor computes the whole UNet. In those between, all blocks but the first and the last
+    give what they last gave: deep features change slowly from step to step. Ma, Fang & Wang 2024 (DeepCache), section 3.2."""
+    deep = [*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks[:-1]]
+    calls, kept, now = Counter(), {}, None
+
+    def count(_: nn.Module, args: tuple, told: dict[str, Tensor]) -> None:
+        nonlocal now
+        now = told["context"]
+        calls[now] += 1
+
+    def forward(block: nn.Module, compute: Callable[..., Tensor], *args, **kwargs) -> Tensor:
+        if calls[now] % every == 1 % every:
+            kept[now, block] = compute(*args, **kwargs)
+        return kept[now, block]
+
+    hook = unet.register_forward_pre_hook(count, with_kwargs=True)
+    for block in deep:
+        block.forward = partial(forward, block, block.forward)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for block in deep:
+            del block.forward
 
 
 def cross_attentions(unet: UNetModel) -> dict[str, CrossAttention]:

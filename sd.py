@@ -37,7 +37,7 @@ from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, che
                         save_folder, save_tensors, whole)
 from clip import CLIPTextConfig, CLIPTextModel, Piece, Tokenizer, emphasised, load_bpe
 from lora import add_embedding, apply_lora
-from model import UNetConfig, UNetModel, timestep_embedding, watching, words_kept
+from model import UNetConfig, UNetModel, deep_kept, timestep_embedding, watching, words_kept
 from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed, schedule, until
 from vae import AutoencoderKL, VAEConfig, decode_tiled
 
@@ -277,7 +277,7 @@ class StableDiffusion:
                  steps: int | None = None, guidance: float | None = None, sampler: str | None = None, seed: int = 0, batch: int = 1,
                  callback: Callable[[Step], None] | None = None, spacing: str | None = None,
                  init: Image.Image | None = None, strength: float | None = None, mask: Image.Image | None = None,
-                 image_guidance: float | None = None, guided_share: float | None = None) -> list[Image.Image]:
+                 image_guidance: float | None = None, guided_share: float | None = None, deep_every: int | None = None) -> list[Image.Image]:
         """`batch` pictures of the prompt, or one of each of several prompts, as long as the longest; picture i from seed + i. None: the preset's (or
         sampler's) own default.
 
@@ -285,13 +285,15 @@ class StableDiffusion:
         steps are run; at 1 nothing of it is left. With `mask` too, only what is white there is drawn anew (strength: default 1).
         A model made to change pictures by instruction (InstructPix2Pix, Brooks et al. 2023) sees `init` beside the noise at
         every step and follows it by `image_guidance` (default 1.5). Only the first `guided_share` of the steps are guided, the others take half the
-        time (after Kynkäänniemi et al. 2024). `callback` is called after each step with a sampler.Step.
+        time (after Kynkäänniemi et al. 2024). All but the UNet's outermost blocks are computed at every `deep_every`-th step only. `callback` is called after each step with a sampler.Step.
         Raises UserError for settings out of range and for NaNs on the way.
         """
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
         run = self.steps_run(steps, init, mask, strength)
         if guided_share is not None and not 0 <= guided_share <= 1:
             raise UserError(f"the guided share of the steps must lie between 0 and 1, not {guided_share}")
+        if deep_every is not None and deep_every < 1:
+            raise UserError(f"the deep blocks must be computed at every step (1), every second (2) or the like, not {deep_every}")
         if image_guidance is not None and self.sees != "picture":
             raise UserError("image guidance is for models that change pictures by instruction, such as InstructPix2Pix")
         if batch < 1:
@@ -328,7 +330,7 @@ class StableDiffusion:
             concat = torch.cat([mask_latents.expand(batch, -1, -1, -1), left], dim=1)
             weighted = [(weight, told | {"concat": concat}) for weight, told in weighted]
 
-        with self.at_work(self.unet) as unet, words_kept(unet):
+        with self.at_work(self.unet) as unet, words_kept(unet), nullcontext() if deep_every is None else deep_kept(unet, deep_every):
             network = denoiser(unet, self.config.prediction)
             denoise = mixed(network, weighted, one_by_one=self.lowmem)
             if guided_share is not None:
@@ -564,6 +566,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="1 to 1000")
     parser.add_argument("--guidance", type=float, help="how strongly to follow the prompt; 1: not beyond the model's own guess, and twice as fast")
     parser.add_argument("--guided-share", type=float, help="guide only this share of the steps, from the first: 0.5 saves a quarter of the time")
+    parser.add_argument("--deep-every", type=int, metavar="N", help="compute the UNet's deep blocks at every N-th step only: 3 saves half of the time or more")
     parser.add_argument("--sampler", help=", ".join(SAMPLERS))
     parser.add_argument("--spacing", help="of the steps' noise levels; default: the sampler's own; " + ", ".join(SPACINGS))
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0); the next has seed + 1")
@@ -705,7 +708,8 @@ def run(args: argparse.Namespace) -> None:
           nullcontext() if words is None else watching(sd.unet, maps.watch)):
         for batch in batches:
             images = sd.generate([job.prompt for job in batch], args.negative, **asked, seed=batch[0].seed, callback=callback, init=init,
-                                 strength=args.strength, mask=mask, image_guidance=args.image_guidance, guided_share=args.guided_share)
+                                 strength=args.strength, mask=mask, image_guidance=args.image_guidance, guided_share=args.guided_share,
+                                 deep_every=args.deep_every)
             for image, job in zip(images, batch):
                 strength = sd.usual_strength(mask) if init is not None and args.strength is None else args.strength
                 write(image, job.path, pnginfo=text_chunk(parameters(vars(args) | asked | {"prompt": job.prompt, "seed": job.seed, "strength": strength})))
@@ -731,7 +735,7 @@ def write_maps(images: list[Image.Image], jobs: list[Job], maps: HeatMaps, words
 STORED = {  # its name there: the option, and how to read it
     "Steps": ("steps", int), "Sampler": ("sampler", str), "Schedule type": ("spacing", str), "CFG scale": ("guidance", float), "Seed": ("seed", int),
     "Denoising strength": ("strength", float), "Init": ("init", str), "Mask": ("mask", str),
-    "Image CFG scale": ("image_guidance", float), "Guided share": ("guided_share", float), "Checkpoint": ("ckpt", str), "Preset": ("preset", str),
+    "Image CFG scale": ("image_guidance", float), "Guided share": ("guided_share", float), "Deep every": ("deep_every", int), "Checkpoint": ("ckpt", str), "Preset": ("preset", str),
     "Prediction": ("prediction", str), "Lora": ("lora", json.loads), "Embedding": ("embedding", json.loads)}
 
 

@@ -186,6 +186,27 @@ def test_keeping_keys_and_values_changes_nothing(tiny, monkeypatch):
     assert np.array_equal(np.asarray(sd.generate("a cat", batch=2)[0]), kept) and len(computed) == 1 + 3
 
 
+def test_deep_blocks_at_every_nth_step(tiny, tmp_path, capsys):
+    """At every step: nothing changes; with guidance for a share of the steps, or in two passes, the blocks are computed when they must be."""
+    sd, computed = StableDiffusion.load(tiny), []
+    sd.unet.middle_block[0].register_forward_hook(lambda *_: computed.append(1))
+
+    def draw(**options):
+        computed.clear()
+        return np.asarray(sd.generate("a cat", steps=6, **options)[0]), len(computed)
+    picture, calls = draw()
+    assert np.array_equal(draw(deep_every=1)[0], picture) and calls == 6
+    other, calls = draw(deep_every=3)
+    assert not np.array_equal(other, picture) and calls == 2
+    assert draw(deep_every=3, guided_share=0.5)[1] == 2  # one for each batch
+    sd.lowmem = True
+    two_passes, calls = draw(deep_every=3)
+    assert calls == 4 and np.abs(two_passes.astype(int) - other).max() <= 1
+    assert draw(deep_every=3, guided_share=0.5)[1] == 3
+    code, err, _ = command(sd_module, capsys, "a cat", "--deep-every", 0, "--ckpt", tiny, "--out", tmp_path / "o.png")
+    assert code == 2 and "must be computed at every step (1)" in err and not (tmp_path / "o.png").exists()
+
+
 def test_init_picture(tiny, tmp_path, capsys):
     """Any mode and size of picture is taken; strength 1 forgets it."""
     Image.new("LA", (50, 70), (10, 128)).save(tmp_path / "grey.png")
@@ -321,7 +342,7 @@ def test_picture_is_drawn_again_from_itself(tiny, tmp_path, capsys):
     first = ["naïve <zz>, a \"(cat:1.2)\"\nNegative prompts: none", "--negative", "grey, \nblue: 1", "--steps", 3, "--guidance", 2.5, "--seed", 7, "--width", 40,
              "--sampler", "euler_a", "--spacing", "karras", "--ckpt", tiny, "--lora", f"{tmp_path / 'a, b: c.safetensors'}:0.5", "--lora",
              f"{tmp_path / 'a, b: c.safetensors'}:-0.2", "--embedding", tmp_path / "w.safetensors", "--init", tmp_path / "i, 1.png", "--strength", 0.9,
-             "--mask", tmp_path / "m.png", "--guided-share", 0.5]
+             "--mask", tmp_path / "m.png", "--guided-share", 0.5, "--deep-every", 2]
     assert command(sd_module, capsys, *first, "--out", tmp_path / "1.png")[0] == 0
     assert command(sd_module, capsys, "--from", tmp_path / "1.png", "--out", tmp_path / "2.png")[0] == 0
     assert command(sd_module, capsys, "--from", tmp_path / "1.png", "--seed", 8, "--out", tmp_path / "3.png")[0] == 0

@@ -29,7 +29,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import sampler
 from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
-from model import CrossAttention, ResBlock, UNetConfig, UNetModel, attention, timestep_embedding
+from model import CrossAttention, ResBlock, UNetConfig, UNetModel, attention, deep_kept, timestep_embedding
 from sampler import ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target
 from sd import PRESETS, Preset, StableDiffusion, UserError
 from vae import AutoencoderKL, Downsample, VAEConfig, kl_divergence
@@ -187,6 +187,34 @@ def test_unet_equals_diffusers(name):
     for height, width in (16, 16), (11, 13):
         x = torch.randn(2, cfg.in_channels, height, width)
         assert relative_error(unet(x, t, context, y), reference(x, t, context, class_labels=y).sample) < 1e-5
+
+
+def test_deep_features_kept_equal_diffusers_with_the_last_block_given_them():
+    """Every third call is whole; in those between, diffusers' last block is given what came up to it in the whole one. Two contexts go their own ways."""
+    unet = randomise(UNetModel(SMALL.unet))
+    reference = reference_unet(SMALL.unet, {"model.diffusion_model." + k: v for k, v in unet.state_dict().items()})
+    deep = []
+
+    def give(block: nn.Module, args: tuple) -> tuple:
+        came, skip = args[0].split([args[0].shape[1] - 32, 32], dim=1)
+        if whole:
+            deep.append(came)
+        return torch.cat([deep[-1], skip], dim=1), *args[1:]
+    reference.up_blocks[-1].resnets[-1].register_forward_pre_hook(give)
+    contexts = list(torch.randn(2, 1, 77, 32))
+    wanted = {}
+    for which, context in enumerate(contexts):
+        for call in range(5):
+            whole = call % 3 == 0
+            wanted[which, call] = reference(torch.full((1, 4, 16, 16), call + 1.0), 900 - call, context).sample
+    alone = unet(torch.full((1, 4, 16, 16), 2.0), torch.tensor([899]), contexts[0])
+    with deep_kept(unet, 3):
+        for call in range(5):
+            for which, context in enumerate(contexts):
+                found = unet(torch.full((1, 4, 16, 16), call + 1.0), torch.tensor([900 - call]), context=context)
+                assert relative_error(found, wanted[which, call]) < 1e-5
+    assert relative_error(alone, wanted[0, 1]) > 1e-3
+    assert torch.equal(unet(torch.full((1, 4, 16, 16), 2.0), torch.tensor([899]), contexts[0]), alone)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "emoji"])
