@@ -271,17 +271,18 @@ def bench_builtin(dtype: torch.dtype, device: str, rounds: int) -> None:
 
 
 def bench_share(dtype: torch.dtype, device: str, rounds: int) -> None:
-    """--guided-share: what it saves and what it changes, with the built-in model, eight prompts."""
+    """--guided-share and --deep-every: what they save and what they change, with the built-in model, eight prompts."""
     sd, prompts = StableDiffusion.load(None, device, dtype), ["a red apple", "a rocket", "cat face", "a blue car", "a green cat", "a penguin, twemoji",
                                                               "a golden key", "a pink rocket"]
 
-    def draw(share: float) -> np.ndarray:
-        return np.stack([np.asarray(sd.generate(prompt, guided_share=share)[0]) / 255 for prompt in prompts])
-    shares = {f"--guided-share {share}": share for share in (1.0, 0.75, 0.5, 0.25)}
-    pictures = {name: draw(share) for name, share in shares.items()}
-    whole = pictures["--guided-share 1.0"]
+    def draw(**options: float) -> np.ndarray:
+        return np.stack([np.asarray(sd.generate(prompt, **options)[0]) / 255 for prompt in prompts])
+    draws = {"all of every step": draw} | {f"--guided-share {share}": partial(draw, guided_share=share) for share in (0.75, 0.5, 0.25)} | {
+        f"--deep-every {n}": partial(draw, deep_every=n) for n in (2, 3, 5)}
+    pictures = {name: action() for name, action in draws.items()}
+    whole = pictures["all of every step"]
     decibels = {name: f"({-10 * np.log10(np.square(p - whole).mean((1, 2, 3))).mean():.1f} dB to the first) " for name, p in pictures.items() if p is not whole}
-    table("eight pictures, built-in model", in_turns(rounds, **{name: (lambda share=share: draw(share)) for name, share in shares.items()}), more=decibels)
+    table("eight pictures, built-in model", in_turns(rounds, **draws), more=decibels)
 
 
 def bench_train(dtype: torch.dtype, device: str, rounds: int) -> None:
