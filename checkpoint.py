@@ -46,6 +46,8 @@ def open_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
     tensors, metadata = open_tensors(path)
     if "v_pred" in tensors:  # the mark of SDXL variants; the other is that of SAI's model specification
         metadata = {"modelspec.prediction_type": "v"} | metadata
+    if "ztsnr" in tensors:  # of which that specification knows nothing
+        metadata = metadata | {"modelspec.prediction_type": "v-zero-snr"}
     text = "cond_stage_model.transformer."
     tensors = {re.sub(rf"^{text}(?!text_model\.)", text + "text_model.", name): tensor for name, tensor in tensors.items()}  # old merges lack it
     return {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}, metadata
@@ -144,7 +146,7 @@ def diffusers_name(name: str, config) -> str:
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIGS = ("scheduler/scheduler_config.json", "unet/config.json", "vae/config.json")  # what is read beside model_index.json and the weights
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "v": "v"}  # of schedulers, and of the metadata of files -> of sampler.py
+PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "v": "v", "v-zero-snr": "v-zero-snr"}  # of schedulers, and of the metadata of files -> of sampler.py
 SCHEDULERS = {  # our sampler -> diffusers' class, for those in rows of PRESETS
     "dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
     "lcm": "LCMScheduler"}
@@ -176,6 +178,8 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
 
     scheduler, unet, vae = (read_json(path / file) for file in CONFIGS)
     prediction = scheduler.get("prediction_type", "epsilon")
+    if scheduler.get("rescale_betas_zero_snr") and prediction == "v_prediction":
+        prediction = "v-zero-snr"
     if prediction not in PREDICTION_TYPES:
         raise UserError(f"{path} predicts {prediction!r}, not epsilon or v_prediction")
     told = {"prediction": PREDICTION_TYPES[prediction], "sample_size": unet.get("sample_size"), "scale_factor": vae.get("scaling_factor")}
@@ -319,7 +323,8 @@ def folder_files(config, pipeline: str, spacing: str, bpe: Tokenizer) -> dict[st
             latent_channels=vae.z_channels, norm_num_groups=vae.num_groups, scaling_factor=vae.scale_factor),
         "scheduler/scheduler_config.json": dict(
             _class_name=SCHEDULERS[config.sampler], beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            prediction_type={"eps": "epsilon", "v": "v_prediction"}[config.prediction], timestep_spacing=spacing, steps_offset=1),
+            prediction_type="epsilon" if config.prediction == "eps" else "v_prediction", timestep_spacing=spacing, steps_offset=1)
+            | ({"rescale_betas_zero_snr": True} if config.prediction == "v-zero-snr" else {}),
     }
     index = dict(_class_name=pipeline, _diffusers_version="0.21.0", scheduler=["diffusers", SCHEDULERS[config.sampler]], unet=["diffusers", "UNet2DConditionModel"],
                  vae=["diffusers", "AutoencoderKL"], feature_extractor=[None, None], image_encoder=[None, None])

@@ -31,15 +31,23 @@ ALPHAS_CUMPROD = make_alphas_cumprod()                               # 0.99915 .
 SIGMAS = ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD).sqrt()              # 0.02917 ... 14.6146
 
 
-def q_sample(x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+def zero_snr(sigma: Tensor) -> Tensor:
+    """Levels in the place of those of SIGMAS, so that the last is pure noise: sqrt(abar) shifted to end at 0 and scaled to begin as before.
+    Lin et al. 2024, section 3.1; not quite 0, so that sigma, 4518 then, is finite."""
+    root, (first, last) = (sigma**2 + 1) ** -0.5, ALPHAS_CUMPROD[[0, -1]].sqrt()
+    abar = ((root - last) * first / (first - last)).square().clamp(min=4.8973451890853435e-08)  # the number in common use
+    return (1 / abar - 1).sqrt()
+
+
+def q_sample(x0: Tensor, t: Tensor, noise: Tensor, prediction: str = "eps") -> Tensor:
     """Latents x0 (B, C, H, W) noised to times t (B,), variance preserving. Ho et al. 2020, equation 4."""
-    abar = ALPHAS_CUMPROD.to(x0.dtype).to(x0.device)[t][:, None, None, None]
+    abar = (1 / (NOISE_LEVELS[prediction](SIGMAS) ** 2 + 1)).to(x0.dtype).to(x0.device)[t][:, None, None, None]
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
-def sigma_to_t(sigma: float) -> float:
+def sigma_to_t(sigma: float, prediction: str = "eps") -> float:
     """The time at which the noise level is sigma: linear in log sigma between the training times, 0...999."""
-    log_sigmas = SIGMAS.log()
+    log_sigmas = NOISE_LEVELS[prediction](SIGMAS).log()
     log_sigma = torch.tensor(sigma, dtype=torch.float64).log()
     low = int((torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, NUM_TIMESTEPS - 2))
     t = low + (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
@@ -52,11 +60,13 @@ PREDICTIONS = {  # sigma -> (c_skip, c_out), for floats and tensors
     "eps": lambda sigma: (1.0, -sigma),                                              # the noise
     "v": lambda sigma: (1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5),         # Salimans & Ho 2022, appendix D
 }
+PREDICTIONS["v-zero-snr"] = PREDICTIONS["v"]
+NOISE_LEVELS = {"eps": lambda sigma: sigma, "v": lambda sigma: sigma, "v-zero-snr": zero_snr}  # levels of SIGMAS -> those that it was trained at
 
 
 def target(prediction: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """What the network should answer for q_sample(x0, t, noise): the same two coefficients, solved for the net."""
-    sigma = SIGMAS.to(x0.dtype).to(x0.device)[t][:, None, None, None]  # Apple GPUs hold no fp64
+    sigma = NOISE_LEVELS[prediction](SIGMAS).to(x0.dtype).to(x0.device)[t][:, None, None, None]  # Apple GPUs hold no fp64
     c_skip, c_out = PREDICTIONS[prediction](sigma)
     return (x0 - c_skip * (x0 + sigma * noise)) / c_out
 
@@ -65,7 +75,7 @@ def denoiser(net: Callable[..., Tensor], prediction: str) -> Callable[..., Tenso
     """The network net(x, t, ...) as denoise(x, sigma, ...). `concat` (B, C', H, W) are further input channels, such as a mask."""
     def denoise(x: Tensor, sigma: float, concat: Tensor | None = None, **condition: Tensor) -> Tensor:
         c_skip, c_out = PREDICTIONS[prediction](sigma)
-        t = torch.full((len(x),), sigma_to_t(sigma), device=x.device)
+        t = torch.full((len(x),), sigma_to_t(sigma, prediction), device=x.device)
         scaled = x / (sigma**2 + 1) ** 0.5
         return c_skip * x + c_out * net(scaled if concat is None else torch.cat([scaled, concat], dim=1), t, **condition).float()
     return denoise
@@ -201,8 +211,9 @@ def lcm(n: int) -> list[float]:
 SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras, lcm)}
 
 
-def schedule(sampler: str, steps: int, spacing: str | None = None) -> list[float]:
+def schedule(sampler: str, steps: int, spacing: str | None = None, prediction: str = "eps") -> list[float]:
     """The noise levels of a run: `steps` of them, by the spacing (None: the sampler's own), then the one it ends at."""
     _, usual, last = SAMPLERS[sampler]
-    sigmas = SPACINGS[usual if spacing is None else spacing](steps)
+    spaced = SPACINGS[usual if spacing is None else spacing](steps)
+    sigmas = NOISE_LEVELS[prediction](torch.tensor(spaced, dtype=torch.float64)).tolist()
     return sigmas + [last if last < 0.999 * sigmas[-1] else 0.0]  # a spacing may already go down to `last`

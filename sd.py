@@ -115,7 +115,7 @@ class StableDiffusion:
         one, the best device, its best dtype.
 
         With `lowmem` each network is on the device only while it works, guidance takes two passes, and the VAE decodes in tiles.
-        `preset` and `prediction` ("eps" or "v") overrule what the file says or its shapes suggest.
+        `preset` and `prediction` (a row of sampler.PREDICTIONS) overrule what the file says or its shapes suggest.
         Raises UserError if the file is missing, damaged, or not exactly one of the models in PRESETS.
         """
         device, dtype = best_device_and_dtype(device, dtype)
@@ -311,7 +311,7 @@ class StableDiffusion:
 
         if init is not None:
             init = ImageOps.fit(on_white(init), (width, height), Image.Resampling.LANCZOS)
-        sigmas = schedule(sampler, steps, spacing)[steps - run:]
+        sigmas = schedule(sampler, steps, spacing, self.config.prediction)[steps - run:]
         blended = mask is not None and self.sees == "noise"
         known = self.encode_image([init], draw()) if blended or run < steps else None
         noise = draw()

@@ -230,6 +230,12 @@ def test_what_a_folder_says_is_taken(rows, tmp_path):
     config = StableDiffusion.load(folder, "cpu", torch.float32).config
     assert (config.prediction, config.size, config.vae.scale_factor, config.steps) == ("v", 96, 0.5, 20)
     assert (sd_module.PRESETS["sdxl"].size, sd_module.PRESETS["sdxl"].vae.scale_factor) == (64, 0.13025)  # the table is not touched
+    change("scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    sd = StableDiffusion.load(folder, "cpu", torch.float32)
+    assert sd.config.prediction == "v-zero-snr"
+    sd.save(tmp_path / "saved", torch.float32)
+    assert json.loads((tmp_path / "saved/scheduler/scheduler_config.json").read_text())["rescale_betas_zero_snr"]
+    assert diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path / "saved/scheduler").alphas_cumprod[-1] < 1e-7
     config = StableDiffusion.load(folder, "cpu", torch.float32, preset="sdxl-turbo").config
     assert (config.prediction, config.size, config.steps) == ("eps", 64, 1)
     change("scheduler/scheduler_config.json", prediction_type="sample")
@@ -464,7 +470,13 @@ def test_no_probe_if_the_file_says_or_nothing_is_open(rows, tmp_path, monkeypatc
     assert StableDiffusion.load(unmarked(sd, tmp_path / "d.safetensors")).config == small("sdxl")
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0), "denoiser.sigmas": torch.ones(1000)}
     save_file({name: tensor.contiguous() for name, tensor in sd.state_dict().items()} | marks, tmp_path / "e.safetensors")
-    assert StableDiffusion.load(tmp_path / "e.safetensors").config == replace(small("sdxl"), prediction="v")
+    assert StableDiffusion.load(tmp_path / "e.safetensors").config == replace(small("sdxl"), prediction="v-zero-snr")
+    unmarked(sd, tmp_path / "f.safetensors", **{"modelspec.prediction_type": "v"})
+    save_file(load_file(tmp_path / "f.safetensors") | {"ztsnr": torch.zeros(0)}, tmp_path / "f.safetensors", {"modelspec.prediction_type": "v"})
+    assert StableDiffusion.load(tmp_path / "f.safetensors").config == replace(small("sdxl"), prediction="v-zero-snr")
+    del marks["ztsnr"]
+    save_file({name: tensor.contiguous() for name, tensor in sd.state_dict().items()} | marks, tmp_path / "g.safetensors")
+    assert StableDiffusion.load(tmp_path / "g.safetensors").config == replace(small("sdxl"), prediction="v")
 
 
 # --- the hub: a server that answers as huggingface.co does ---

@@ -30,7 +30,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import sampler
 from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
 from model import CrossAttention, ResBlock, UNetConfig, UNetModel, attention, deep_kept, timestep_embedding
-from sampler import ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target
+from sampler import ALPHAS_CUMPROD, NOISE_LEVELS, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target
 from sd import PRESETS, Preset, StableDiffusion, UserError
 from vae import AutoencoderKL, Downsample, VAEConfig, kl_divergence
 
@@ -391,7 +391,7 @@ def test_picture_equals_diffusers(name, spacing, steps):
     assert psnr(ours, theirs) >= 50
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("name, spacing", SCHEDULERS)
 def test_two_choices_explain_every_difference_from_diffusers(name, spacing, prediction, monkeypatch):
     """Undo both and latents agree to rounding: we start from noise * sqrt(sigma_max^2 + 1), the exact scale, where diffusers' Euler
@@ -399,13 +399,34 @@ def test_two_choices_explain_every_difference_from_diffusers(name, spacing, pred
     sd, pipe = pair(prediction)
     pipe.scheduler = scheduler(name, spacing, prediction)
     if name == "dpmpp_2m":
-        monkeypatch.setattr(sampler, "sigma_to_t", lambda sigma: float(round(sigma_to_t(sigma))))
+        monkeypatch.setattr(sampler, "sigma_to_t", lambda *sigma: float(round(sigma_to_t(*sigma))))
     start = (1 + 1 / SIGMAS[-1] ** 2) ** 0.5 if name.startswith("euler") and spacing != "leading" else 1
     generator = torch.Generator().manual_seed(5)
     _, ours = our_picture(sd, name, spacing, 13)
     _, theirs = their_picture(pipe, 13, width=64, height=64, generator=generator, latents=torch.randn(1, 4, 8, 8, generator=generator) * start)
     print(f"{name} {spacing} {prediction}: latents {psnr(ours, theirs, np.ptp(theirs.numpy())):.1f} dB")
     assert psnr(ours, theirs, np.ptp(theirs.numpy())) >= 100
+
+
+@pytest.mark.parametrize("last, wanted", [(0, 60), (4.8973451890853435e-08, 100)])
+def test_zero_terminal_snr_equals_diffusers(last, wanted):
+    """Its DDIM with rescaled betas, whose last abar is 0; to rounding, if it is the number that ours is: noising, velocity and picture."""
+    sd, pipe = pair("v-zero-snr")
+    pipe.scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing", prediction_type="v_prediction",
+                                             rescale_betas_zero_snr=True)
+    assert pipe.scheduler.alphas_cumprod[-1] == 0
+    pipe.scheduler.alphas_cumprod[-1] = last
+    t = torch.arange(1000)
+    x0, noise = torch.randn(2, 1000, 4, 2, 2)
+    for ours, theirs in ((q_sample(x0, t, noise, "v-zero-snr"), pipe.scheduler.add_noise(x0, noise, t)),
+                         (target("v-zero-snr", x0, t, noise), pipe.scheduler.get_velocity(x0, noise, t))):
+        assert psnr(ours, theirs, np.ptp(theirs.numpy())) >= wanted
+        assert relative_error(ours, theirs) < (1e-3 if last == 0 else 1e-5)
+    for steps in (1, 20):  # divisors of 1000: else diffusers' DDIM steps to other times than those it goes on with
+        _, ours = our_picture(sd, "ddim", "trailing", steps)
+        _, theirs = their_picture(pipe, steps, width=64, height=64)
+        print(f"zero SNR, {steps} steps: latents {psnr(ours, theirs, np.ptp(theirs.numpy())):.1f} dB")
+        assert psnr(ours, theirs, np.ptp(theirs.numpy())) >= wanted
 
 
 def test_pictures_become_numbers_and_back_as_in_diffusers():
@@ -524,8 +545,9 @@ def test_training_target_and_sampler_agree(prediction):
     """The target is the noise (eps) or sqrt(abar) eps - sqrt(1 - abar) x0 (v); a network that answers it makes denoise return x0."""
     t = torch.tensor([0, 37, 500, 999])
     x0, noise = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
-    abar = ALPHAS_CUMPROD[t][:, None, None, None]
-    x, answer = q_sample(x0, t, noise), target(prediction, x0, t, noise)
+    sigma = NOISE_LEVELS[prediction](SIGMAS)[t]
+    abar = (ALPHAS_CUMPROD[t] if prediction != "v-zero-snr" else 1 / (sigma**2 + 1))[:, None, None, None]
+    x, answer = q_sample(x0, t, noise, prediction), target(prediction, x0, t, noise)
     torch.testing.assert_close(x, abar.sqrt() * x0 + (1 - abar).sqrt() * noise)
     torch.testing.assert_close(answer, noise if prediction == "eps" else abar.sqrt() * noise - (1 - abar).sqrt() * x0)
     for i in range(4):
@@ -533,7 +555,7 @@ def test_training_target_and_sampler_agree(prediction):
             torch.testing.assert_close(net_x, x[i:i + 1])
             assert net_t.tolist() == pytest.approx([int(t[i])], abs=1e-3)
             return answer[i:i + 1]
-        denoised = denoiser(net, prediction)(x[i:i + 1] / abar[i].sqrt(), float(SIGMAS[t[i]]))
+        denoised = denoiser(net, prediction)(x[i:i + 1] / abar[i].sqrt(), float(sigma[i]))
         torch.testing.assert_close(denoised, x0[i:i + 1], atol=1e-5, rtol=1e-5)  # nets answer in fp32
 
 

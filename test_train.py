@@ -221,7 +221,7 @@ def test_killed_and_stopped_anywhere_it_goes_on(grouped, shards, tmp_path):
 
 # --- what is computed ---
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "v-zero-snr"])
 @pytest.mark.parametrize("gamma", [0, 5])
 def test_gradient_equals_diffusers(grouped, five, tmp_path, prediction, gamma):
     """One step of the loss beside the same with diffusers' UNet and scheduler, min-SNR weights after Hang et al. 2023: loss and every gradient to 1e-5 of the largest."""
@@ -239,14 +239,15 @@ def test_gradient_equals_diffusers(grouped, five, tmp_path, prediction, gamma):
 
     sd.save(tmp_path / "folder", torch.float32)
     unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "folder/unet")
-    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction])
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                        prediction_type="epsilon" if prediction == "eps" else "v_prediction", rescale_betas_zero_snr=prediction == "v-zero-snr")
     x0, t, noise, keep, _ = loss_of.draw(batch, 3)
     context = sd.encode_prompt([caption if kept else "" for caption, kept in zip(batch.captions, keep)])
     assert 0 < keep.sum() < 4
     wanted = noise if prediction == "eps" else scheduler.get_velocity(x0, noise, t)
     error = (unet(scheduler.add_noise(x0, noise, t), t, context).sample - wanted).square().mean((1, 2, 3))
     snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
-    weight = snr.clamp(max=gamma) / (snr + (prediction == "v")) if gamma else 1.0
+    weight = snr.clamp(max=gamma) / (snr + (prediction != "eps")) if gamma else 1.0
     theirs = (error * weight).mean()
     theirs.backward()
     theirs = theirs.detach()

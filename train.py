@@ -43,7 +43,7 @@ from clip import CLIPEncoderLayer, CLIPTextModel, Tokenizer
 from data import Batch, Folder, Kept, Position, Shards, fingerprint, generator, is_shards, shapes
 from lora import LoRA
 from model import BasicTransformerBlock, ResBlock
-from sampler import NUM_TIMESTEPS, PREDICTIONS, SIGMAS, q_sample, target
+from sampler import NOISE_LEVELS, NUM_TIMESTEPS, PREDICTIONS, SIGMAS, q_sample, target
 from sd import DTYPES, PRESETS, StableDiffusion, UserError, best_device_and_dtype
 from vae import ResnetBlock, VQModel, kl_divergence
 
@@ -271,7 +271,7 @@ class UNetLoss(nn.Module):
             keep = keep.to(context)
             context, pooled = context * keep[:, None, None], pooled * keep[:, None]
         prediction = self.sd.config.prediction
-        out = self.sd.unet(q_sample(x0, t, noise), t, **self.sd.sized(context, pooled, batch.sizes))
+        out = self.sd.unet(q_sample(x0, t, noise, prediction), t, **self.sd.sized(context, pooled, batch.sizes))
         error = (out.float() - target(prediction, x0, t, noise)).square().mean((1, 2, 3))
         return (error * min_snr_weight(prediction, t, self.s.min_snr)).mean()
 
@@ -309,7 +309,7 @@ def min_snr_weight(prediction: str, t: Tensor, gamma: float) -> Tensor | float:
     """min(SNR, gamma) on the error of x_0, told by c_out for the network's own: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v. Hang et al. 2023, section 3.4."""
     if gamma == 0:
         return 1.0
-    sigma = SIGMAS.float().to(t.device)[t]
+    sigma = NOISE_LEVELS[prediction](SIGMAS).float().to(t.device)[t]
     return PREDICTIONS[prediction](sigma)[1] ** 2 * (sigma**-2).clamp(max=gamma)
 
 

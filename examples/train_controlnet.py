@@ -51,7 +51,7 @@ def train(sd: StableDiffusion, captions: list[str], steps: int, seed: int, batch
         x0 = sd.encode_image(images)
         t, noise = shifted(torch.rand(batch), 6.0), torch.randn_like(x0)
         with controlled(sd.unet, control, hints([outlines(image) for image in images])):
-            loss = F.mse_loss(sd.unet(q_sample(x0, t, noise), t, **told), target(sd.config.prediction, x0, t, noise))
+            loss = F.mse_loss(sd.unet(q_sample(x0, t, noise, sd.config.prediction), t, **told), target(sd.config.prediction, x0, t, noise))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(control.parameters(), 1.0)
         optimizer.step()
