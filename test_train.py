@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -489,6 +491,46 @@ def test_damaged_shards_are_survived(tmp_path, capfd):
             found += [next(batches) for _ in expected]
             assert found[-1].position.skipped + found[-1].position.skipped_since in (3, 4, 5, 6)
         assert f"{url} breaks off after {len(expected) - 5} samples" in capfd.readouterr().err, name
+
+
+def test_shards_come_from_urls(tmp_path, capfd):
+    """Two whole ones, one that breaks off before its promised length, and one that is not there: all that came comes once in each epoch, and it is said what did not."""
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", {f"{i}.{kind}": jpeg(i) if kind == "png" else str(i).encode() for i in range(4 * shard, 4 * shard + 4) for kind in ("png", "txt")})
+    with tarfile.open(tmp_path / "2.tar") as tar:
+        end = tar.getmembers()[4].offset_data + 20  # within the third sample's picture
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            path = tmp_path / self.path[1:]
+            if not path.exists():
+                return self.send_error(404)
+            content = path.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:end] if path.name == "2.tar" else content)
+
+        def log_message(self, *_):
+            pass
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/"
+        assert data_module.is_shards(url + "{0..3}.tar")
+        batches = Shards([url + "{0..3}.tar"], SQUARE, batch=5, seed=0, shuffle=100).batches({}, 0)
+        for _ in range(2):
+            found = [next(batches) for _ in range(2)]
+            assert sorted(int(caption) for batch in found for caption in batch.captions) == list(range(10))
+            assert all(int(x[0, 8, 8]) == int(caption) for batch in found for caption, x in zip(batch.captions, batch.pixels))
+    finally:
+        server.shutdown()
+        server.server_close()
+    said = capfd.readouterr().err
+    assert f"{url}2.tar breaks off after 2 samples" in said and f"{url}3.tar breaks off after 0 samples" in said and "0.tar" not in said and "1.tar" not in said
+    assert sorted(asked[:4]) == [f"/{i}.tar" for i in range(4)]
 
 
 def test_folders_say_what_they_skip(five, tmp_path, capfd):
