@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip import Tokenizer
-from model import words_kept
+from model import deep_kept, words_kept
 from sampler import denoiser, guided, q_sample, target
 from sd import DTYPES, PRESETS, StableDiffusion, best_device_and_dtype
 
@@ -123,16 +123,18 @@ def their_settings(dtype: torch.dtype) -> dict[str, tuple[torch.dtype, bool]]:
 
 
 def bench_step(dtype: torch.dtype, device: str, rounds: int) -> None:
-    seconds = in_processes(rounds, this=partial(our_step, dtype, device), **{
+    seconds = in_processes(rounds, this=partial(our_step, dtype, device), **{"this, between the whole steps of --deep-every": partial(our_step, dtype, device, True)}, **{
         name: partial(their_step, device, *settings) for name, settings in their_settings(dtype).items()})
     table("guided step, 512x512", seconds, more={"this": f"({GFLOP / median(seconds['this']):.0f} GFLOP/s) "})
 
 
-def our_step(dtype: torch.dtype, device: str) -> Callable[[], object]:
+def our_step(dtype: torch.dtype, device: str, between: bool = False) -> Callable[[], object]:
     unet = our_part("unet", dtype, device)
     x, told = torch.randn(1, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
-    keep = words_kept(unet)
-    keep.__enter__()  # for good: the process is for this alone
+    keep = ExitStack()  # for good: the process is for this alone
+    keep.enter_context(words_kept(unet))
+    if between:
+        keep.enter_context(deep_kept(unet, 10**9))  # the round that does not count is the whole one
     denoise = guided(denoiser(unet, "eps"), *({"context": half.to(dtype)} for half in told.split(1)), scale=7.5)
     return lambda: (keep, denoise(x, 7.0))
 

@@ -83,7 +83,7 @@ class Settings:
     kl: float = setting(1e-6, "weight of the VAE's KL term")
     vq: int = setting(0, "with --train vae: snap latents to this many learned codes; 0: the usual VAE")
     gan: float = setting(0.0, "weight of a discriminator's loss in training the VAE, LDM's is 0.5; 0: none")
-    gan_start: int = setting(0, "step at which the discriminator sets in")
+    gan_start: int = setting(0, "step from which the decoder hears the discriminator, which learns from the first")
     buckets: bool = setting(False, "cut pictures to shapes near their own instead of squares")
     cache: str = setting("", "folder to keep latents in, and the vectors of captions if the text encoder is not trained; default: latents in memory")
     shuffle: int = setting(1000, "samples of shards that are mixed before they are given")
@@ -324,7 +324,7 @@ class VAELoss(nn.Module):
         if s.vq:
             sd.vae = VQModel(replace(sd.config.vae, double_z=False), s.vq).to(sd.device)
         self.trained = trainable(s, sd)
-        self.discriminator = discriminator().to(sd.device) if s.gan else None
+        self.discriminator = discriminator(sd.config.size).to(sd.device) if s.gan else None
         self.shown = torch.zeros(0)  # pictures for sample sheets
 
     def prepare(self, folders: list[Folder], rank: int, world: int) -> None:
@@ -340,8 +340,8 @@ class VAELoss(nn.Module):
         error = y.float() - x
         loss = sum(F.avg_pool2d(error, scale).abs().mean() for scale in (1, 2, 4))
         loss = loss + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        if self.discriminator is not None and step >= self.s.gan_start:
-            return loss + regular + self.adversarial(loss, x, y)
+        if self.discriminator is not None:
+            regular = regular + self.adversarial(loss, x, y, heard=step >= self.s.gan_start)
         return loss + regular
 
     def reconstruct(self, x: Tensor, generators: list[torch.Generator], step: int) -> tuple[Tensor, Tensor]:
@@ -364,7 +364,7 @@ class VAELoss(nn.Module):
         if dist.is_initialized():
             dist.broadcast(codes, 0)
 
-    def adversarial(self, loss: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def adversarial(self, loss: Tensor, x: Tensor, y: Tensor, heard: bool) -> Tensor:
         """The decoder shall fool the discriminator, its gradient scaled to that of `loss` at the last layer (Esser et al. 2021, equation 7); the
         discriminator shall not be fooled (hinge loss, Lim & Ye 2017). One gradient step does both, each with the other held."""
         held = {name: p.detach() for name, p in self.discriminator.named_parameters()}
@@ -372,7 +372,7 @@ class VAELoss(nn.Module):
         last = self.sd.vae.decoder.conv_out.weight
         ours, theirs = (torch.autograd.grad(one, last, retain_graph=True)[0].norm() for one in (loss, fooled))
         real, made = self.discriminator(x), self.discriminator(y.detach())
-        return self.s.gan * (ours / (theirs + 1e-4)).clamp(max=1e4) * fooled + 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
+        return heard * self.s.gan * (ours / (theirs + 1e-4)).clamp(max=1e4) * fooled + 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
 
     @torch.no_grad()
     def save(self, sd: StableDiffusion, out: str) -> None:
@@ -396,12 +396,15 @@ class VAELoss(nn.Module):
         return [Image.fromarray(p) for p in pairs.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def discriminator(width: int = 64) -> nn.Sequential:
-    """(B, 3, H, W) -> a verdict for each patch of 70x70 pixels. Isola et al. 2017, section 3.2.2; norms over groups, as batches may be small."""
-    layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-    for c, stride in (width, 2), (2 * width, 2), (4 * width, 1):
+def discriminator(size: int) -> nn.Sequential:
+    """(B, 3, H, W) -> a verdict for each patch of 70x70 pixels, or of 34x34 if pictures are small. Isola et al. 2017, section 3.2.2; norms over
+    groups, as batches may be small."""
+    c, strides = (64, (2, 2, 1)) if size >= 256 else (32, (2, 1))
+    layers = [nn.Conv2d(3, c, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for stride in strides:
         layers += [nn.Conv2d(c, 2 * c, 4, stride, 1, bias=False), nn.GroupNorm(8, 2 * c), nn.LeakyReLU(0.2)]
-    layers.append(nn.Conv2d(8 * width, 1, 4, 1, 1))
+        c *= 2
+    layers.append(nn.Conv2d(c, 1, 4, 1, 1))
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=0.02)
@@ -512,7 +515,7 @@ def spread(s: Settings, loss_of: UNetLoss | VAELoss) -> nn.Module:
                 fully_shard(block)
         return fully_shard(loss_of)
     if dist.is_initialized():
-        idle = s.gan_start > 0 or s.train == "unet+text" and any(encoder.cfg.layers_skipped for encoder in loss_of.sd.encoders)  # some weights have no part in the loss
+        idle = s.train == "unet+text" and any(encoder.cfg.layers_skipped for encoder in loss_of.sd.encoders)  # some weights have no part in the loss
         return DistributedDataParallel(loss_of, gradient_as_bucket_view=True, find_unused_parameters=idle)
     return loss_of
 
