@@ -285,7 +285,8 @@ class StableDiffusion:
         steps are run; at 1 nothing of it is left. With `mask` too, only what is white there is drawn anew (strength: default 1).
         A model made to change pictures by instruction (InstructPix2Pix, Brooks et al. 2023) sees `init` beside the noise at
         every step and follows it by `image_guidance` (default 1.5). Only the first `guided_share` of the steps are guided, the others take half the
-        time (after Kynkäänniemi et al. 2024). All but the UNet's outermost blocks are computed at every `deep_every`-th step only. `callback` is called after each step with a sampler.Step.
+        time (after Kynkäänniemi et al. 2024). All but the UNet's outermost blocks are computed at every `deep_every`-th step only.
+        `callback` is called after each step with a sampler.Step.
         Raises UserError for settings out of range and for NaNs on the way.
         """
         width, height, steps, guidance, sampler, spacing = self.settings(width, height, steps, guidance, sampler, spacing)
@@ -414,7 +415,7 @@ def with_picture(weighted: list[tuple[float, dict[str, Tensor]]], seen: Tensor, 
     `seen` (B, Z, h, w) are latents that are not scaled, as it was trained on.
     """
     (_, negative), (guidance, condition) = weighted
-    picture, none = {"concat": seen}, {"concat": torch.zeros_like(seen)}
+    picture, none = {"concat": seen}, {"concat": torch.zeros_like(seen), "context": negative["context"].clone()}  # deep_kept tells passes apart by it
     return [(1 - image_guidance, negative | none), (image_guidance - guidance, negative | picture), (guidance, condition | picture)]
 
 

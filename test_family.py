@@ -421,11 +421,12 @@ def test_pictures_and_masks_that_do_not_go_together_are_told(row, settings):
 FURTHER = {"sd2": {}, "sdxl": {}, "sd1-inpaint": dict(init=photograph(), mask=mask()), "instruct-pix2pix": dict(init=photograph())}
 
 
+@pytest.mark.parametrize("deep_every", [1, 2])
 @pytest.mark.parametrize("row", FURTHER)
-def test_a_batch_equals_its_pictures_one_by_one(row):
+def test_a_batch_equals_its_pictures_one_by_one(row, deep_every):
     """And with little memory: guidance in as many passes as there are conditions."""
     sd = random_model(small(row))
-    settings = dict(steps=3, negative_prompt="a dog", sampler="euler_a") | FURTHER[row]
+    settings = dict(steps=3, negative_prompt="a dog", sampler="euler_a", deep_every=deep_every) | FURTHER[row]
     together = sd.generate("a cat", seed=7, batch=2, **settings)
     for sd.lowmem in False, True:
         alone = [sd.generate("a cat", seed=7 + i, **settings)[0] for i in range(2)]
