@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, diffusers_name, find, folder_files, make_folder, open_checkpoint, open_folder,
                         save_folder, save_tensors, whole)
-from clip import CLIPTextConfig, CLIPTextModel, Piece, Tokenizer, emphasised, load_bpe
+from clip import CLIPTextConfig, CLIPTextModel, Tokenizer, emphasised, load_bpe
+from heatmaps import HeatMaps, chosen_words, overlay
 from lora import add_embedding, apply_lora
 from model import UNetConfig, UNetModel, deep_kept, timestep_embedding, watching, words_kept
 from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed, schedule, until
@@ -419,55 +420,6 @@ def with_picture(weighted: list[tuple[float, dict[str, Tensor]]], seen: Tensor, 
     return [(1 - image_guidance, negative | none), (image_guidance - guidance, negative | picture), (guidance, condition | picture)]
 
 
-class HeatMaps:
-    """Where the words went: the cross-attention matrices of a run, averaged over its steps and over the heads of each layer.
-
-        maps = HeatMaps()
-        with watching(sd.unet, maps.watch):
-            images = sd.generate(prompt, callback=maps.step)
-
-    `layers` has {name: (B, N*77, h, w)}, brought to the latent's size; `mean()` is their average. At each position they sum to 1 over the tokens.
-    """
-
-    def __init__(self):
-        self.last: dict[str, Tensor] = {}
-        self.layers: dict[str, Tensor] = {}
-        self.steps = 0
-
-    def watch(self, name: str, a: Tensor) -> None:
-        self.last[name] = a.mean(1)                                                    # 'b heads hw t -> b hw t'
-
-    def step(self, step: Step) -> None:
-        self.steps += 1
-        B, _, h, w = step.x.shape
-        for name, a in self.last.items():
-            a, (H, W) = a[-B:].transpose(1, 2), (h, w)                                 # guidance puts the prompt's half last
-            while H * W > a.shape[2]:
-                H, W = (H + 1) // 2, (W + 1) // 2                                      # as Downsample does
-            a = F.interpolate(a.unflatten(2, (H, W)), size=(h, w), mode="bilinear").cpu()
-            self.layers[name] = a if self.steps == 1 else torch.lerp(self.layers[name], a, 1 / self.steps)
-
-    def mean(self) -> Tensor:
-        return torch.stack(list(self.layers.values())).mean(0)
-
-
-def words_of(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, list[int]]]:
-    """The words of a prompt, each with its places among the tokens of all its rows (the start token is at 0)."""
-    words: dict[int, list[tuple[int, Piece]]] = {}
-    for i, piece in enumerate(tokenizer.pieces(prompt)):
-        row, place = divmod(i, tokenizer.length - 2)
-        words.setdefault(piece.word, []).append((row * tokenizer.length + place + 1, piece))
-    return [(prompt[found[0][1].place[0]:found[-1][1].place[1]].lower(), [place for place, _ in found]) for found in words.values()]
-
-
-def overlay(image: Image.Image, heat: Tensor) -> Image.Image:
-    """The picture in gray, with red where `heat` (h, w) is high, from its least value to its greatest."""
-    heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
-    mask = Image.fromarray((heat * 255).round().byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
-    gray = ImageOps.autocontrast(image.convert("L")).convert("RGB")
-    return Image.composite(Image.blend(gray, Image.new("RGB", image.size, "red"), 0.6), gray, mask)
-
-
 def pixels(images: list[Image.Image]) -> Tensor:
     """PIL pictures of one size -> (B, 3, H, W) in [-1, 1]."""
     x = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
@@ -693,20 +645,22 @@ def run(args: argparse.Namespace) -> None:
                      sd.settings(args.width, args.height, args.steps, args.guidance, args.sampler, args.spacing)))
     if args.negative and sd.sees != "picture" and (asked["guidance"] == 1 or sd.config.unet.time_cond_proj_dim is not None):
         warnings.warn("the negative prompt does nothing at guidance 1, nor with a model that guides itself")
-    words = None if args.attn is None else chosen_words(sd.tokenizer, args)
-    maps, guesses = HeatMaps(), []
+    words, maps, guesses = [], HeatMaps(), []
+    if args.attn is not None:
+        words = chosen_words(sd.tokenizer, args.prompt, None if args.words is None else args.words.split(","))
+        make_folder(Path(args.attn))
 
     def callback(step: Step) -> None:
         bar.update()
         if films:
             guesses.append(step.denoised)
-        if words is not None:
+        if words:
             maps.step(step)
 
     alike = [list(group) for _, group in groupby(jobs, lambda job: sd.rows([job.prompt]))]  # longer neighbours would change a picture
     batches = [group[i:i + args.batch] for group in alike for i in range(0, len(group), args.batch)]
     with (tqdm(total=len(batches) * sd.steps_run(asked["steps"], init, mask, args.strength), unit="step", delay=0.1) as bar,  # none before an error
-          nullcontext() if words is None else watching(sd.unet, maps.watch)):
+          watching(sd.unet, maps.watch) if words else nullcontext()):
         for batch in batches:
             images = sd.generate([job.prompt for job in batch], args.negative, **asked, seed=batch[0].seed, callback=callback, init=init,
                                  strength=args.strength, mask=mask, image_guidance=args.image_guidance, guided_share=args.guided_share,
@@ -719,7 +673,7 @@ def run(args: argparse.Namespace) -> None:
         frames = [sd.decode_latents(guess[i:i + 1])[0] for guess in guesses[:-1]] + [images[i]]
         write(frames[0], path, save_all=True, append_images=frames[1:], duration=[120] * (len(frames) - 1) + [1500], loop=0)
         print(path)
-    if words is not None:
+    if words:
         write_maps(images, jobs, maps, words, Path(args.attn))
 
 
@@ -765,16 +719,6 @@ def stored_settings(path: Path) -> dict[str, object]:
             option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
     except (OSError, KeyError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} holds no settings of a picture: {type(error).__name__}: {error}") from error
-
-
-def chosen_words(tokenizer: Tokenizer, args: argparse.Namespace) -> list[tuple[str, list[int]]]:
-    """The words for --attn, whose folder is made. Raises UserError for a word that is not in the prompt."""
-    words = [(word, places) for word, places in words_of(tokenizer, args.prompt) if re.search(r"\w", word)]
-    wanted = [word for word, _ in words] if args.words is None else [word.strip().lower() for word in args.words.split(",")]
-    if unknown := [word for word in wanted if word not in dict(words)]:
-        raise UserError(f"{unknown[0]!r} is no word of the prompt: its words are {', '.join(word for word, _ in words)}")
-    make_folder(Path(args.attn))
-    return [(word, places) for word, places in words if word in wanted]
 
 
 def output_paths(option: str, path: str, suffix: str, args: argparse.Namespace) -> list[Path]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import sd as sd_module
 from clip import CLIPTextConfig
+from heatmaps import words_of
 from model import UNetConfig
 from sd import BUILTIN, PRESETS, Preset, StableDiffusion
 from vae import VAEConfig, decode_tiled
@@ -133,7 +134,7 @@ def test_watching_changes_no_picture_and_maps_sum_to_one(tiny, tmp_path, capsys)
 def test_words_and_their_places():
     """A word of several pieces has several places; the same word (id 2368: cat) is found where it stands, not where its letters do."""
     tokenizer = sd_module.Tokenizer()
-    words = sd_module.words_of(tokenizer, "A  floofycat, cat!!")
+    words = words_of(tokenizer, "A  floofycat, cat!!")
     ids = tokenizer("A  floofycat, cat!!")[0].tolist()
     assert [word for word, _ in words] == ["a", "floofycat", ",", "cat", "!!"]
     assert words[3][1] == [76 - ids[::-1].index(2368)] and len(words[1][1]) > 1 and sum((places for _, places in words), []) == list(range(1, ids.index(49407)))

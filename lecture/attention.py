@@ -14,7 +14,6 @@ by heart can do without: what its maps show is where the layers look, and the nu
     python lecture/attention.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "a cat on a red sofa" --word cat red sofa
 """
 import math
-import re
 from argparse import Namespace
 
 import numpy as np
@@ -23,9 +22,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from draw import UserError, heat, palette_of, run, save, sheet
+from heatmaps import HeatMaps, chosen_words
 from model import CrossAttention, attention, watching
 from process import distance, noise_of, told, walk
-from sd import HeatMaps, StableDiffusion, words_of
+from sd import StableDiffusion
 
 
 # --- the mechanism, on numbers ---
@@ -98,18 +98,13 @@ def look(sd: StableDiffusion, prompt: str, **settings) -> tuple[Image.Image, Hea
 def columns(sd: StableDiffusion, prompt: str, wanted: list[str] | None = None) -> dict[str, list[int]]:
     """The matrix's columns: those of each word (or of the wanted ones), and of what is no word: start, end, and the padding up to 77."""
     words: dict[str, list[int]] = {}
-    for word, places in words_of(sd.tokenizer, prompt):
-        if re.search(r"\w", word):
-            words.setdefault(word, []).extend(places)
+    for word, places in chosen_words(sd.tokenizer, prompt, wanted):
+        words.setdefault(word, []).extend(places)
     if not words:
         raise UserError(f"the prompt {prompt!r} has no words to look at, unlike 'a red apple'")
-    wanted = list(words) if wanted is None else [word.lower() for word in wanted]
-    for word in wanted:
-        if word not in words:
-            raise UserError(f"{word!r} is no word of the prompt: its words are {', '.join(words)}")
     end = 1 + min(len(sd.tokenizer.tokens(prompt)), sd.tokenizer.length - 2)
     rest = {"start": [0], "end": [end], "padding": list(range(end + 1, sd.tokenizer.length))}
-    return {word: words[word] for word in wanted} | {f"<{name}>": places for name, places in rest.items() if places}
+    return words | {f"<{name}>": places for name, places in rest.items() if places}
 
 
 def thing(image: Image.Image, h: int, w: int) -> Tensor:
