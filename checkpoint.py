@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -187,6 +188,14 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
         if (scheduler.get("_class_name"), scheduler.get("timestep_spacing")) == (theirs, "trailing"):  # as turbo models come
             told |= {"spacing": "trailing", "sampler": sampler}
     return tensors, metadata, told
+
+
+def cut(config):
+    """A model as folders hold it: if the words' vectors alone are used, not what comes after them (SD 2.x: its last layer and the projection)."""
+    if config.text_2 is not None or not config.text.final_norm:
+        return config
+    layers = config.text.num_hidden_layers - config.text.layers_skipped
+    return replace(config, text=replace(config.text, num_hidden_layers=layers, layers_skipped=0, projection=False))
 
 
 def read_json(path: Path, key: str | None = None) -> dict:

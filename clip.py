@@ -76,18 +76,18 @@ class Tokenizer:
 
     def pieces(self, text: str) -> list[Piece]:
         """All tokens of a text with weights, such as "a (red:1.3) apple"; the brackets are none of them."""
-        pieces, end = [], 0
-        for match in [*WEIGHTED.finditer(text), None]:
-            pieces += self.encode(text, end, len(text) if match is None else match.start(), 1.0, pieces)
-            if match is not None:
-                pieces += self.encode(text, match.start(1), match.end(1), float(match[2]), pieces)
-                end = match.end()
+        parts, end = [], 0
+        for match in WEIGHTED.finditer(text):
+            parts += [(end, match.start(), 1.0), (*match.span(1), float(match[2]))]
+            end = match.end()
+        pieces: list[Piece] = []
+        for start, stop, weight in [*parts, (end, len(text), 1.0)]:
+            pieces += self.encode(text, start, stop, weight, pieces[-1].word + 1 if pieces else 0)
         return pieces
 
-    def encode(self, text: str, start: int = 0, end: int | None = None, weight: float = 1.0, before: list[Piece] | None = None) -> list[Piece]:
-        """The tokens of text[start:end], which stand after those of `before`."""
-        encoding = self.bpe.encode(text[start:end])
-        word = before[-1].word + 1 if before else 0
+    def encode(self, text: str, start: int = 0, stop: int | None = None, weight: float = 1.0, word: int = 0) -> list[Piece]:
+        """The tokens of text[start:stop], its words counted from `word` on."""
+        encoding = self.bpe.encode(text[start:stop])
         return [Piece(id, (start + a, start + b), word + number, weight)
                 for token, (a, b), number in zip(encoding.ids, encoding.offsets, encoding.word_ids) for id in self.added.get(token, [token])]
 

@@ -33,8 +33,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, diffusers_name, find, folder_files, make_folder, open_checkpoint, open_folder,
-                        save_folder, save_tensors, whole)
+from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, cut, diffusers_name, find, folder_files, make_folder,
+                        open_checkpoint, open_folder, save_folder, save_tensors, whole)
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer, emphasised, load_bpe
 from heatmaps import HeatMaps, chosen_words, overlay
 from lora import add_embedding, apply_lora
@@ -219,15 +219,15 @@ class StableDiffusion:
         return self.condition(prompts)["context"]
 
     @torch.no_grad()
-    def condition(self, prompts: list[str], width: int | None = None, height: int | None = None, rows: int = 1) -> dict[str, Tensor]:
+    def condition(self, prompts: list[str], width: int | None = None, height: int | None = None, rows: int | None = None) -> dict[str, Tensor]:
         """B prompts -> what the UNet is told about them: context (B, 77, D), and y (B, adm_in_channels) if it takes a pooled vector.
 
-        The context is that of N rows of 77 tokens (B, N*77, D) if a prompt has more than 75, or `rows` asks for it; the pooled vector is the
+        The context is that of N rows of 77 tokens (B, N*77, D): `rows`, or as many as the longest prompt fills, 75 tokens each; the pooled vector is the
         first row's. Words as in "a (red:1.3) apple" have their vectors multiplied.
         SDXL's y goes on with the picture's size (Podell et al. 2023, section 2.2): original height and width, top and left of the
         cut, target height and width, each as a timestep embedding. None: the preset's size.
         """
-        told, rows = [], max(rows, self.rows(prompts))
+        told, rows = [], self.rows(prompts) if rows is None else rows
         for encoder, tokenizer in zip(self.encoders, self.tokenizers):
             tokens, weights = tokenizer.rows(prompts, rows)  # (B, N, 77)
             with self.at_work(encoder):
@@ -473,14 +473,6 @@ def rows_like(path: Path, shapes: dict[str, torch.Size]) -> list[Preset]:
     return rows
 
 
-def cut(preset: Preset) -> Preset:
-    """As folders hold it: if the words' vectors alone are used, not what comes after them (SD 2.x: its last layer and the projection)."""
-    if preset.text_2 is not None or not preset.text.final_norm:
-        return preset
-    layers = preset.text.num_hidden_layers - preset.text.layers_skipped
-    return replace(preset, text=replace(preset.text, num_hidden_layers=layers, layers_skipped=0, projection=False))
-
-
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -690,8 +682,8 @@ def write_maps(images: list[Image.Image], jobs: list[Job], maps: HeatMaps, words
 STORED = {  # its name there: the option, and how to read it
     "Steps": ("steps", int), "Sampler": ("sampler", str), "Schedule type": ("spacing", str), "CFG scale": ("guidance", float), "Seed": ("seed", int),
     "Denoising strength": ("strength", float), "Init": ("init", str), "Mask": ("mask", str),
-    "Image CFG scale": ("image_guidance", float), "Guided share": ("guided_share", float), "Deep every": ("deep_every", int), "Checkpoint": ("ckpt", str), "Preset": ("preset", str),
-    "Prediction": ("prediction", str), "Lora": ("lora", json.loads), "Embedding": ("embedding", json.loads)}
+    "Image CFG scale": ("image_guidance", float), "Guided share": ("guided_share", float), "Deep every": ("deep_every", int),
+    "Checkpoint": ("ckpt", str), "Preset": ("preset", str), "Prediction": ("prediction", str), "Lora": ("lora", json.loads), "Embedding": ("embedding", json.loads)}
 
 
 def parameters(options: dict[str, object]) -> str:
