@@ -1,7 +1,8 @@
 """How fast is this beside diffusers on the same machine, and beside what the machine can do?
 
-    pip install -r requirements.txt -r requirements-test.txt && python bench.py        all tables
-    python bench.py step vae          only these; see PARTS at the end
+    pip install -r requirements.txt -r requirements-test.txt && python bench.py        the tables of PARTS, at the end: a quarter of an hour on 2 cores
+    python bench.py step vae          only these
+    python bench.py run share sizes   and MORE, which take as long again and longer
 
 Weights are random, in the shapes of SD 1.x; random weights cost what trained ones do. Each contestant has a process of its own, and they are
 timed in turns (ours, theirs, ours, theirs, ...); the figures are medians over the turns; ratios are medians of the ratios within a turn, so that
@@ -123,18 +124,18 @@ def their_settings(dtype: torch.dtype) -> dict[str, tuple[torch.dtype, bool]]:
 
 
 def bench_step(dtype: torch.dtype, device: str, rounds: int) -> None:
-    seconds = in_processes(rounds, this=partial(our_step, dtype, device), **{"this, between the whole steps of --deep-every": partial(our_step, dtype, device, True)}, **{
+    seconds = in_processes(rounds, this=partial(our_step, dtype, device), **{
         name: partial(their_step, device, *settings) for name, settings in their_settings(dtype).items()})
     table("guided step, 512x512", seconds, more={"this": f"({GFLOP / median(seconds['this']):.0f} GFLOP/s) "})
 
 
-def our_step(dtype: torch.dtype, device: str, between: bool = False) -> Callable[[], object]:
+def our_step(dtype: torch.dtype, device: str, deep_every: int | None = None) -> Callable[[], object]:
     unet = our_part("unet", dtype, device)
     x, told = torch.randn(1, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
-    keep = ExitStack()  # for good: the process is for this alone
+    keep = ExitStack()  # for good: nothing else is done with it
     keep.enter_context(words_kept(unet))
-    if between:
-        keep.enter_context(deep_kept(unet, 10**9))  # the round that does not count is the whole one
+    if deep_every is not None:
+        keep.enter_context(deep_kept(unet, deep_every))
     denoise = guided(denoiser(unet, "eps"), *({"context": half.to(dtype)} for half in told.split(1)), scale=7.5)
     return lambda: (keep, denoise(x, 7.0))
 
@@ -272,19 +273,23 @@ def bench_builtin(dtype: torch.dtype, device: str, rounds: int) -> None:
     table("built-in model, process start to PNG", seconds)
 
 
+@torch.no_grad()
 def bench_share(dtype: torch.dtype, device: str, rounds: int) -> None:
-    """--guided-share and --deep-every: what they save and what they change, with the built-in model, eight prompts."""
+    """--guided-share and --deep-every: what they save and what they change, with the built-in model, eight prompts; and a step of SD 1.x."""
     sd, prompts = StableDiffusion.load(None, device, dtype), ["a red apple", "a rocket", "cat face", "a blue car", "a green cat", "a penguin, twemoji",
                                                               "a golden key", "a pink rocket"]
+    pictures = {}
 
-    def draw(**options: float) -> np.ndarray:
-        return np.stack([np.asarray(sd.generate(prompt, **options)[0]) / 255 for prompt in prompts])
-    draws = {"all of every step": draw} | {f"--guided-share {share}": partial(draw, guided_share=share) for share in (0.75, 0.5, 0.25)} | {
-        f"--deep-every {n}": partial(draw, deep_every=n) for n in (2, 3, 5)}
-    pictures = {name: action() for name, action in draws.items()}
+    def draw(name: str, **options: float) -> None:
+        pictures[name] = np.stack([np.asarray(sd.generate(prompt, **options)[0]) / 255 for prompt in prompts])
+    options = {"all of every step": {}} | {f"--guided-share {share}": {"guided_share": share} for share in (0.75, 0.5, 0.25)} | {
+        f"--deep-every {n}": {"deep_every": n} for n in (2, 3, 5)}
+    seconds = in_turns(rounds, **{name: partial(draw, name, **one) for name, one in options.items()})
     whole = pictures["all of every step"]
     decibels = {name: f"({-10 * np.log10(np.square(p - whole).mean((1, 2, 3))).mean():.1f} dB to the first) " for name, p in pictures.items() if p is not whole}
-    table("eight pictures, built-in model", in_turns(rounds, **draws), more=decibels)
+    table("eight pictures, built-in model", seconds, more=decibels)
+    step = our_step(dtype, device, deep_every=2)  # every second call is one between
+    table("guided step, 512x512, --deep-every", in_turns(rounds, **{"whole": step, "between two whole ones": step}))
 
 
 def bench_train(dtype: torch.dtype, device: str, rounds: int) -> None:
@@ -330,23 +335,24 @@ def bench_machine(dtype: torch.dtype, device: str, rounds: int) -> None:
         print(f"the machine, {name} in {str(dtype)[6:]}: {flops / min(seconds[name]) / 1e9:.0f} GFLOP/s at best", flush=True)
 
 
-PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text, "load": bench_load, "run": bench_run, "builtin": bench_builtin,
-         "share": bench_share, "train": bench_train, "sizes": bench_sizes}
+PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text, "load": bench_load, "builtin": bench_builtin, "train": bench_train}
+MORE = {"run": bench_run, "share": bench_share, "sizes": bench_sizes}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART", help=f"{', '.join(PARTS)} (all of them are the default); {', '.join(MORE)}")
     parser.add_argument("--dtype", choices=DTYPES, help="default: sd.py's own on this device")
     parser.add_argument("--device")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part is called {unknown.pop()!r}; there are {', '.join(PARTS)}")
+    parts = PARTS | MORE
+    if unknown := set(args.parts) - set(parts):
+        parser.error(f"no part is called {unknown.pop()!r}; there are {', '.join(parts)}")
     device, dtype = best_device_and_dtype(args.device, None if args.dtype is None else DTYPES[args.dtype])
     print(f"torch {torch.__version__}, {device}, {str(dtype)[6:]}, {torch.get_num_threads()} threads, capability {torch.backends.cpu.get_cpu_capability()}")
     for part in args.parts:
-        PARTS[part](dtype, device, args.rounds)
+        parts[part](dtype, device, args.rounds)
 
 
 if __name__ == "__main__":
