@@ -296,25 +296,19 @@ def deep_kept(unet: UNetModel, every: int) -> Iterator[None]:
     """Within, only every `every`-th call with the same context tensor computes the whole UNet. In those between, all blocks but the first and the last
     give what they last gave: deep features change slowly from step to step. Ma, Fang & Wang 2024 (DeepCache), section 3.2."""
     deep = [*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks[:-1]]
-    calls, kept, now = Counter(), {}, None
+    calls, kept = Counter(), {}
 
-    def count(_: nn.Module, args: tuple, told: dict[str, Tensor]) -> None:
-        nonlocal now
-        now = told["context"]
-        calls[now] += 1
+    def forward(compute: Callable[..., Tensor], x: Tensor, emb: Tensor, context: Tensor, **size: torch.Size) -> Tensor:
+        if calls[compute, context] % every == 0:
+            kept[compute, context] = compute(x, emb, context, **size)
+        calls[compute, context] += 1
+        return kept[compute, context]
 
-    def forward(block: nn.Module, compute: Callable[..., Tensor], *args, **kwargs) -> Tensor:
-        if calls[now] % every == 1 % every:
-            kept[now, block] = compute(*args, **kwargs)
-        return kept[now, block]
-
-    hook = unet.register_forward_pre_hook(count, with_kwargs=True)
     for block in deep:
-        block.forward = partial(forward, block, block.forward)
+        block.forward = partial(forward, block.forward)
     try:
         yield
     finally:
-        hook.remove()
         for block in deep:
             del block.forward
 
