@@ -132,12 +132,12 @@ def bench_step(dtype: torch.dtype, device: str, rounds: int) -> None:
 def our_step(dtype: torch.dtype, device: str, deep_every: int | None = None) -> Callable[[], object]:
     unet = our_part("unet", dtype, device)
     x, told = torch.randn(1, 4, 64, 64, device=device), torch.randn(2, 77, 768, device=device)
-    keep = ExitStack()  # for good: nothing else is done with it
+    keep = ExitStack()  # open for good
     keep.enter_context(words_kept(unet))
     if deep_every is not None:
         keep.enter_context(deep_kept(unet, deep_every))
     denoise = guided(denoiser(unet, "eps"), *({"context": half.to(dtype)} for half in told.split(1)), scale=7.5)
-    return lambda: (keep, denoise(x, 7.0))
+    return lambda: (keep, denoise(x, 7.0))  # keep is held: dropped, its contexts end
 
 
 def their_step(device: str, dtype: torch.dtype, channels_last: bool) -> Callable[[], object]:

@@ -47,7 +47,7 @@ def open_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
     tensors, metadata = open_tensors(path)
     if "v_pred" in tensors:  # the mark of SDXL variants; the other is that of SAI's model specification
         metadata = {"modelspec.prediction_type": "v"} | metadata
-    if "ztsnr" in tensors:  # of which that specification knows nothing
+    if "ztsnr" in tensors and PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type")) == "v":  # of which that specification knows nothing
         metadata = metadata | {"modelspec.prediction_type": "v-zero-snr"}
     text = "cond_stage_model.transformer."
     tensors = {re.sub(rf"^{text}(?!text_model\.)", text + "text_model.", name): tensor for name, tensor in tensors.items()}  # old merges lack it
@@ -179,8 +179,8 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
 
     scheduler, unet, vae = (read_json(path / file) for file in CONFIGS)
     prediction = scheduler.get("prediction_type", "epsilon")
-    if scheduler.get("rescale_betas_zero_snr") and prediction == "v_prediction":
-        prediction = "v-zero-snr"
+    if scheduler.get("rescale_betas_zero_snr"):
+        prediction = prediction.replace("v_prediction", "v") + "-zero-snr"  # of v alone: where all is noise, to predict it says nothing
     if prediction not in PREDICTION_TYPES:
         raise UserError(f"{path} predicts {prediction!r}, not epsilon or v_prediction")
     told = {"prediction": PREDICTION_TYPES[prediction], "sample_size": unet.get("sample_size"), "scale_factor": vae.get("scaling_factor")}

@@ -293,8 +293,8 @@ def words_kept(unet: UNetModel) -> Iterator[None]:
 
 @contextmanager
 def deep_kept(unet: UNetModel, every: int) -> Iterator[None]:
-    """Within, only every `every`-th call with the same context tensor computes the whole UNet. In those between, all blocks but the first and the last
-    give what they last gave: deep features change slowly from step to step. Ma, Fang & Wang 2024 (DeepCache), section 3.2."""
+    """Within, only every `every`-th call with the same context tensor (in the UNet's dtype) computes the whole UNet. In those between, all blocks but the
+    first and the last give what they last gave: deep features change slowly from step to step. Ma, Fang & Wang 2024 (DeepCache), section 3.2."""
     deep = [*unet.input_blocks[1:], unet.middle_block, *unet.output_blocks[:-1]]
     calls, kept = Counter(), {}
 

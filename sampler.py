@@ -39,15 +39,20 @@ def zero_snr(sigma: Tensor) -> Tensor:
     return (1 / abar - 1).sqrt()
 
 
+def training_sigmas(prediction: str) -> Tensor:
+    """The noise levels (1000,) that networks of this row of PREDICTIONS saw at times 0...999, in fp64."""
+    return NOISE_LEVELS[prediction](SIGMAS)
+
+
 def q_sample(x0: Tensor, t: Tensor, noise: Tensor, prediction: str = "eps") -> Tensor:
     """Latents x0 (B, C, H, W) noised to times t (B,), variance preserving. Ho et al. 2020, equation 4."""
-    abar = (1 / (NOISE_LEVELS[prediction](SIGMAS) ** 2 + 1)).to(x0.dtype).to(x0.device)[t][:, None, None, None]
+    abar = (1 / (training_sigmas(prediction) ** 2 + 1)).to(x0.dtype).to(x0.device)[t][:, None, None, None]
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
 def sigma_to_t(sigma: float, prediction: str = "eps") -> float:
     """The time at which the noise level is sigma: linear in log sigma between the training times, 0...999."""
-    log_sigmas = NOISE_LEVELS[prediction](SIGMAS).log()
+    log_sigmas = training_sigmas(prediction).log()
     log_sigma = torch.tensor(sigma, dtype=torch.float64).log()
     low = int((torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, NUM_TIMESTEPS - 2))
     t = low + (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
@@ -61,12 +66,12 @@ PREDICTIONS = {  # sigma -> (c_skip, c_out), for floats and tensors
     "v": lambda sigma: (1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5),         # Salimans & Ho 2022, appendix D
 }
 PREDICTIONS["v-zero-snr"] = PREDICTIONS["v"]
-NOISE_LEVELS = {"eps": lambda sigma: sigma, "v": lambda sigma: sigma, "v-zero-snr": zero_snr}  # levels of SIGMAS -> those that it was trained at
+NOISE_LEVELS = {"eps": lambda sigma: sigma, "v": lambda sigma: sigma, "v-zero-snr": zero_snr}  # levels among SIGMAS -> those in their place
 
 
 def target(prediction: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """What the network should answer for q_sample(x0, t, noise): the same two coefficients, solved for the net."""
-    sigma = NOISE_LEVELS[prediction](SIGMAS).to(x0.dtype).to(x0.device)[t][:, None, None, None]  # Apple GPUs hold no fp64
+    sigma = training_sigmas(prediction).to(x0.dtype).to(x0.device)[t][:, None, None, None]  # Apple GPUs hold no fp64
     c_skip, c_out = PREDICTIONS[prediction](sigma)
     return (x0 - c_skip * (x0 + sigma * noise)) / c_out
 
@@ -212,7 +217,8 @@ SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras, lcm)}
 
 
 def schedule(sampler: str, steps: int, spacing: str | None = None, prediction: str = "eps") -> list[float]:
-    """The noise levels of a run: `steps` of them, by the spacing (None: the sampler's own), then the one it ends at."""
+    """The noise levels of a run: `steps` of them, by the spacing (None: the sampler's own), then the one it ends at. With zero terminal SNR
+    the spacing's levels are mapped one by one, those of karras too, which then no longer are evenly spaced in sigma^(1/7)."""
     _, usual, last = SAMPLERS[sampler]
     spaced = SPACINGS[usual if spacing is None else spacing](steps)
     sigmas = NOISE_LEVELS[prediction](torch.tensor(spaced, dtype=torch.float64)).tolist()

@@ -175,14 +175,16 @@ class StableDiffusion:
         official naming, to any other a new diffusers folder. Raises UserError if it cannot be written."""
         path = Path(path)
         check_new(path)
+        metadata = self.metadata | {"modelspec.prediction_type": "epsilon" if self.config.prediction == "eps" else "v"}
         if path.suffix == ".safetensors":
+            marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)} if self.config.prediction == "v-zero-snr" else {}  # for other programs
             with whole(path) as temporary:
-                save_tensors(self.state_dict(), temporary, dtype, self.metadata | {"config": json.dumps(asdict(self.config))})
+                save_tensors(self.state_dict() | marks, temporary, dtype, metadata | {"config": json.dumps(asdict(self.config))})
             return
         with torch.device("meta"):
             held = StableDiffusion(cut(self.config))
         tensors = self.state_dict(folder=True)
-        save_folder(path, {name: tensors[name] for name in held.state_dict(folder=True)}, dtype, self.metadata | {"config": json.dumps(asdict(held.config))},
+        save_folder(path, {name: tensors[name] for name in held.state_dict(folder=True)}, dtype, metadata | {"config": json.dumps(asdict(held.config))},
                     folder_files(held.config, self.pipeline, self.settings(*[None] * 6)[-1], load_bpe()))
 
     @torch.no_grad()
@@ -434,8 +436,9 @@ def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str
     if name is not None and name not in PRESETS:
         raise UserError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     rows = [PRESETS[name]] if name is not None else [config_in(path, metadata)] if "config" in metadata else rows_like(path, shapes)
+    fitting = told | {"prediction": told.get("prediction", "").removesuffix("-zero-snr")}  # its rows are those of v
     for fields in ("prediction", "spacing", "sampler"), ("prediction",), ():
-        if like := [row for row in rows if all(getattr(row, key) == told[key] for key in fields if key in told)]:
+        if like := [row for row in rows if all(getattr(row, key) == fitting[key] for key in fields if key in told)]:
             break
     preset = deepcopy(like[0])
     preset.prediction = told.get("prediction", preset.prediction)

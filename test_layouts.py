@@ -233,12 +233,15 @@ def test_what_a_folder_says_is_taken(rows, tmp_path):
     change("scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
     sd = StableDiffusion.load(folder, "cpu", torch.float32)
     assert sd.config.prediction == "v-zero-snr"
+    change("scheduler/scheduler_config.json", prediction_type="epsilon")
+    one_line(lambda: StableDiffusion.load(folder), "predicts 'epsilon-zero-snr'")
+    change("scheduler/scheduler_config.json", prediction_type="v_prediction")
     sd.save(tmp_path / "saved", torch.float32)
     assert json.loads((tmp_path / "saved/scheduler/scheduler_config.json").read_text())["rescale_betas_zero_snr"]
     assert diffusers.DPMSolverMultistepScheduler.from_pretrained(tmp_path / "saved/scheduler").alphas_cumprod[-1] < 1e-7
     config = StableDiffusion.load(folder, "cpu", torch.float32, preset="sdxl-turbo").config
     assert (config.prediction, config.size, config.steps) == ("eps", 64, 1)
-    change("scheduler/scheduler_config.json", prediction_type="sample")
+    change("scheduler/scheduler_config.json", prediction_type="sample", rescale_betas_zero_snr=False)
     one_line(lambda: StableDiffusion.load(folder), "predicts 'sample'")
 
 
@@ -477,6 +480,21 @@ def test_no_probe_if_the_file_says_or_nothing_is_open(rows, tmp_path, monkeypatc
     del marks["ztsnr"]
     save_file({name: tensor.contiguous() for name, tensor in sd.state_dict().items()} | marks, tmp_path / "g.safetensors")
     assert StableDiffusion.load(tmp_path / "g.safetensors").config == replace(small("sdxl"), prediction="v")
+
+
+def test_zero_snr_of_sd2_is_the_row_of_v_and_is_saved_with_the_marks(rows, tmp_path):
+    rows("sd2")
+    zero = replace(small("sd2"), prediction="v-zero-snr")
+    sd = random_model(small("sd2-base"))
+    assert StableDiffusion.load(unmarked(sd, tmp_path / "a.safetensors"), prediction="v-zero-snr").config == zero
+    save_file(load_file(tmp_path / "a.safetensors") | {"ztsnr": torch.zeros(0)}, tmp_path / "b.safetensors", {"modelspec.prediction_type": "v"})
+    marked = StableDiffusion.load(tmp_path / "b.safetensors")
+    assert marked.config == zero
+    marked.save(tmp_path / "c.safetensors")
+    with safe_open(tmp_path / "c.safetensors", "pt") as file:
+        assert {"v_pred", "ztsnr"} <= set(file.keys()) and file.metadata()["modelspec.prediction_type"] == "v"
+    save_file(load_file(tmp_path / "c.safetensors"), tmp_path / "d.safetensors")  # as other programs write it: without our config
+    assert StableDiffusion.load(tmp_path / "c.safetensors").config == StableDiffusion.load(tmp_path / "d.safetensors").config == zero
 
 
 # --- the hub: a server that answers as huggingface.co does ---

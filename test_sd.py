@@ -30,7 +30,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import sampler
 from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
 from model import CrossAttention, ResBlock, UNetConfig, UNetModel, attention, deep_kept, timestep_embedding
-from sampler import ALPHAS_CUMPROD, NOISE_LEVELS, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target
+from sampler import (ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target,
+                     training_sigmas)
 from sd import PRESETS, Preset, StableDiffusion, UserError
 from vae import AutoencoderKL, Downsample, VAEConfig, kl_divergence
 
@@ -545,7 +546,7 @@ def test_training_target_and_sampler_agree(prediction):
     """The target is the noise (eps) or sqrt(abar) eps - sqrt(1 - abar) x0 (v); a network that answers it makes denoise return x0."""
     t = torch.tensor([0, 37, 500, 999])
     x0, noise = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
-    sigma = NOISE_LEVELS[prediction](SIGMAS)[t]
+    sigma = training_sigmas(prediction)[t]
     abar = (ALPHAS_CUMPROD[t] if prediction != "v-zero-snr" else 1 / (sigma**2 + 1))[:, None, None, None]
     x, answer = q_sample(x0, t, noise, prediction), target(prediction, x0, t, noise)
     torch.testing.assert_close(x, abar.sqrt() * x0 + (1 - abar).sqrt() * noise)

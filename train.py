@@ -43,7 +43,7 @@ from clip import CLIPEncoderLayer, CLIPTextModel, Tokenizer
 from data import Batch, Folder, Kept, Position, Shards, fingerprint, generator, is_shards, shapes
 from lora import LoRA
 from model import BasicTransformerBlock, ResBlock
-from sampler import NOISE_LEVELS, NUM_TIMESTEPS, PREDICTIONS, SIGMAS, q_sample, target
+from sampler import NUM_TIMESTEPS, PREDICTIONS, q_sample, target, training_sigmas
 from sd import DTYPES, PRESETS, StableDiffusion, UserError, best_device_and_dtype
 from vae import ResnetBlock, VQModel, kl_divergence
 
@@ -190,6 +190,8 @@ class UNetLoss(nn.Module):
         self.s, self.sd = s, sd
         if sd.sees != "noise":
             raise UserError("this model sees a picture beside the noise: train.py trains those that see noise alone")
+        if s.pooled_dropout and sd.config.unet.adm_in_channels is None:
+            raise UserError("--pooled-dropout is for models whose UNet is told a text's one vector beside those of its words; this one is not")
         if s.lora:
             torch.manual_seed(s.seed)
             self.trained = LoRA(sd, s.lora, text=s.train == "unet+text")
@@ -309,7 +311,7 @@ def min_snr_weight(prediction: str, t: Tensor, gamma: float) -> Tensor | float:
     """min(SNR, gamma) on the error of x_0, told by c_out for the network's own: min(SNR, gamma) / SNR for eps, / (SNR + 1) for v. Hang et al. 2023, section 3.4."""
     if gamma == 0:
         return 1.0
-    sigma = NOISE_LEVELS[prediction](SIGMAS).float().to(t.device)[t]
+    sigma = training_sigmas(prediction).float().to(t.device)[t]
     return PREDICTIONS[prediction](sigma)[1] ** 2 * (sigma**-2).clamp(max=gamma)
 
 

@@ -34,9 +34,9 @@ def noise_of(sd: StableDiffusion, seed: int) -> Tensor:
     return torch.randn(sd.config.vae.z_channels, side, side, generator=torch.Generator().manual_seed(seed))[None].to(sd.device)
 
 
-def sigmas_of(steps: int) -> list[float]:
+def sigmas_of(steps: int, prediction: str = "eps") -> list[float]:
     """The noise levels of `walk`, falling to 0."""
-    return schedule("dpmpp_2m", steps)
+    return schedule("dpmpp_2m", steps, prediction=prediction)
 
 
 def told(sd: StableDiffusion, prompt: str, guidance: float | None = None) -> list[tuple[float, dict[str, Tensor]]]:
@@ -47,7 +47,7 @@ def told(sd: StableDiffusion, prompt: str, guidance: float | None = None) -> lis
 @torch.no_grad()
 def walk(sd: StableDiffusion, weighted: list[tuple[float, dict[str, Tensor]]], noise: Tensor, steps: int) -> Iterator[Step]:
     """The whole process, from what is told and a noise, both of which may be made by hand: DPM-Solver++ 2M, as sd.generate runs it."""
-    sigmas = sigmas_of(steps)
+    sigmas = sigmas_of(steps, sd.config.prediction)
     x = noise * (sigmas[0] ** 2 + 1) ** 0.5
     yield from sample_dpmpp_2m(mixed(denoiser(sd.unet, sd.config.prediction), weighted), x, sigmas, draw=lambda: torch.empty(0))
 
@@ -56,7 +56,7 @@ def film(sd: StableDiffusion, prompt: str, steps: int, seed: int) -> tuple[Tenso
     """x_t (steps + 1, Z, h, w), from pure noise to the output, and the guess of x_0 in each; the last guess is the output."""
     noise = noise_of(sd, seed)
     path = list(walk(sd, told(sd, prompt), noise, steps))
-    held = [noise] + [step.x / (sigma**2 + 1) ** 0.5 for step, sigma in zip(path, sigmas_of(steps)[1:])]  # variance preserving
+    held = [noise] + [step.x / (sigma**2 + 1) ** 0.5 for step, sigma in zip(path, sigmas_of(steps, sd.config.prediction)[1:])]  # variance preserving
     return torch.cat(held), torch.cat([step.denoised for step in path] + [path[-1].x])
 
 
@@ -85,12 +85,13 @@ def show_film(args: Namespace, sd: StableDiffusion, steps: int) -> None:
     colors = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1).float() for p in decoded["x0-hat"]]).to(sd.device)
     M, explained = fit_sketch(guess, F.adaptive_avg_pool2d(colors, guess.shape[2:]))
     rows = {"x_t, decoded": decoded["x_t"], "x_t, sketch": sketch(held, M), "x0-hat, decoded": decoded["x0-hat"], "x0-hat, sketch": sketch(guess, M)}
-    times = [sigma_to_t(sigma) if sigma else 0 for sigma in sigmas_of(steps)]
+    sigmas = sigmas_of(steps, sd.config.prediction)
+    times = [sigma_to_t(sigma, sd.config.prediction) if sigma else 0 for sigma in sigmas]
 
     print(f'"{args.prompt}" in {steps} steps. How far, on average, pixels are from those of the finished picture (of 255):')
     shown = sorted(set(np.linspace(0, steps, min(8, steps + 1)).round().astype(int).tolist()))
     for i in shown:
-        print(f"  t {times[i]:5.0f}, sigma {sigmas_of(steps)[i]:5.2f}: x_t {distance(decoded['x_t'][i], decoded['x_t'][-1]):5.1f}, "
+        print(f"  t {times[i]:5.0f}, sigma {sigmas[i]:5.2f}: x_t {distance(decoded['x_t'][i], decoded['x_t'][-1]):5.1f}, "
               f"x0-hat {distance(decoded['x0-hat'][i], decoded['x_t'][-1]):5.1f}")
     print(f"  The sketch is {M.shape[0] - 1} latent channels times a matrix: it explains {explained:.0%} of the decoded guesses' colours.")
 
