@@ -59,8 +59,10 @@ def words_of(tokenizer: Tokenizer, prompt: str) -> list[tuple[str, list[int]]]:
 
 
 def chosen_words(tokenizer: Tokenizer, prompt: str, wanted: list[str] | None = None) -> list[tuple[str, list[int]]]:
-    """Of `words_of` those with a letter or digit, or those wanted. Raises UserError for one that is not in the prompt."""
+    """Of `words_of` those with a letter or digit, or those wanted. Raises UserError for one that is not in the prompt, or if there are none."""
     words = [(word, places) for word, places in words_of(tokenizer, prompt) if re.search(r"\w", word)]
+    if not words:
+        raise UserError(f"the prompt {prompt!r} has no words to look at, unlike 'a red apple'")
     wanted = [word for word, _ in words] if wanted is None else [word.strip().lower() for word in wanted]
     if unknown := [word for word in wanted if word not in dict(words)]:
         raise UserError(f"{unknown[0]!r} is no word of the prompt: its words are {', '.join(dict(words))}")

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from draw import UserError, heat, palette_of, run, save, sheet
+from draw import heat, palette_of, run, save, sheet
 from heatmaps import HeatMaps, chosen_words
 from model import CrossAttention, attention, watching
 from process import distance, noise_of, told, walk
@@ -100,8 +100,6 @@ def columns(sd: StableDiffusion, prompt: str, wanted: list[str] | None = None) -
     words: dict[str, list[int]] = {}
     for word, places in chosen_words(sd.tokenizer, prompt, wanted):
         words.setdefault(word, []).extend(places)
-    if not words:
-        raise UserError(f"the prompt {prompt!r} has no words to look at, unlike 'a red apple'")
     end = 1 + min(len(sd.tokenizer.tokens(prompt)), sd.tokenizer.length - 2)
     rest = {"start": [0], "end": [end], "padding": list(range(end + 1, sd.tokenizer.length))}
     return words | {f"<{name}>": places for name, places in rest.items() if places}
