@@ -321,7 +321,7 @@ def test_from_layout_to_layout(rows, tmp_path, name):
         loads[-1].save(tmp_path / path, torch.float32)
         loads.append(StableDiffusion.load(tmp_path / path, "cpu", torch.float32))
     file = tmp_path / "b/unet/diffusion_pytorch_model.safetensors"
-    assert set(safe_open(file, "pt").metadata()) == {"format", "config"}
+    assert set(safe_open(file, "pt").metadata()) == {"format", "config", "modelspec.prediction_type"}
     save_file(load_file(file), file)
     loads.append(StableDiffusion.load(tmp_path / "b", "cpu", torch.float32))
     for found in loads:
