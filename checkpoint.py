@@ -42,16 +42,17 @@ class Inert:
     """Stands in for it."""
 
 
-def open_checkpoint(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """A file's tensors, by official name, each as a function that reads it, and its metadata. Raises UserError if it cannot be read."""
+def open_checkpoint(path: Path) -> tuple[Tensors, dict[str, str], dict]:
+    """A file's tensors, by official name, each as a function that reads it, its metadata, and what its marks say of the Preset:
+    "prediction", None if they say nothing. Raises UserError if it cannot be read."""
     tensors, metadata = open_tensors(path)
-    if "v_pred" in tensors:  # the mark of SDXL variants; the other is that of SAI's model specification
-        metadata = {"modelspec.prediction_type": "v"} | metadata
-    if "ztsnr" in tensors and PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type")) == "v":  # of which that specification knows nothing
-        metadata = metadata | {"modelspec.prediction_type": "v-zero-snr"}
+    marked = "v" if "v_pred" in tensors else None  # of SDXL variants; the other mark is that of SAI's model specification
+    prediction = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", marked))
+    if prediction == "v" and "ztsnr" in tensors:  # of which that specification knows nothing
+        prediction = "v-zero-snr"
     text = "cond_stage_model.transformer."
     tensors = {re.sub(rf"^{text}(?!text_model\.)", text + "text_model.", name): tensor for name, tensor in tensors.items()}  # old merges lack it
-    return {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}, metadata
+    return {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}, metadata, {"prediction": prediction}
 
 
 def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -33,8 +33,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import (PREDICTION_TYPES, UserError, check_names_and_shapes, check_new, cut, diffusers_name, find, folder_files, make_folder,
-                        open_checkpoint, open_folder, save_folder, save_tensors, whole)
+from checkpoint import (UserError, check_names_and_shapes, check_new, cut, diffusers_name, find, folder_files, make_folder, open_checkpoint,
+                        open_folder, save_folder, save_tensors, whole)
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer, emphasised, load_bpe
 from heatmaps import HeatMaps, chosen_words, overlay
 from lora import add_embedding, apply_lora
@@ -123,12 +123,9 @@ class StableDiffusion:
         half = dtype == torch.float16
         path = BUILTIN if path is None else find(path, half)
         folder = path.is_dir()
-        if folder:
-            tensors, metadata, told = open_folder(path, half)
-        else:
-            tensors, metadata = open_checkpoint(path)
-            told = {} if "config" in metadata else {"prediction": PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type"))}
-        told = {key: value for key, value in told.items() if preset is None and value is not None}
+        tensors, metadata, told = open_folder(path, half) if folder else open_checkpoint(path)
+        overruled = preset is not None or (not folder and "config" in metadata)
+        told = {key: value for key, value in told.items() if value is not None and not overruled}
         if prediction is not None:
             told["prediction"] = prediction
         shapes = {name: tensor().shape for name, tensor in tensors.items()}
@@ -436,9 +433,9 @@ def preset_of(path: Path, shapes: dict[str, torch.Size], metadata: dict[str, str
     if name is not None and name not in PRESETS:
         raise UserError(f"no preset is called {name!r}; there are {', '.join(PRESETS)}")
     rows = [PRESETS[name]] if name is not None else [config_in(path, metadata)] if "config" in metadata else rows_like(path, shapes)
-    fitting = told | {"prediction": told.get("prediction", "").removesuffix("-zero-snr")}  # its rows are those of v
+    fitting = {key: "v" if value == "v-zero-snr" else value for key, value in told.items()}  # which has no rows of its own
     for fields in ("prediction", "spacing", "sampler"), ("prediction",), ():
-        if like := [row for row in rows if all(getattr(row, key) == fitting[key] for key in fields if key in told)]:
+        if like := [row for row in rows if all(getattr(row, key) == fitting[key] for key in fields if key in fitting)]:
             break
     preset = deepcopy(like[0])
     preset.prediction = told.get("prediction", preset.prediction)
