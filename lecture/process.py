@@ -34,7 +34,7 @@ def noise_of(sd: StableDiffusion, seed: int) -> Tensor:
     return torch.randn(sd.config.vae.z_channels, side, side, generator=torch.Generator().manual_seed(seed))[None].to(sd.device)
 
 
-def sigmas_of(steps: int, prediction: str = "eps") -> list[float]:
+def sigmas_of(steps: int, prediction: str) -> list[float]:
     """The noise levels of `walk`, falling to 0."""
     return schedule("dpmpp_2m", steps, prediction=prediction)
 

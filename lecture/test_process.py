@@ -48,7 +48,7 @@ def test_the_film_of_a_perfect_guess(monkeypatch):
     monkeypatch.setattr(process, "denoiser", lambda net, prediction: lambda x, sigma, **told: x0)
     fake = SimpleNamespace(config=Preset(size=64), device=torch.device("cpu"), unet=None, told=lambda *_, **__: [(1.0, {})])
     held, guess = process.film(fake, "", 6, seed=0)
-    sigmas = process.sigmas_of(6)
+    sigmas = process.sigmas_of(6, "eps")
     noise = process.noise_of(fake, 0).double()
     eps = (noise * (sigmas[0] ** 2 + 1) ** 0.5 - x0) / sigmas[0]
     for x, sigma in zip(held, sigmas):
@@ -57,8 +57,8 @@ def test_the_film_of_a_perfect_guess(monkeypatch):
 
 
 def test_the_noise_levels():
-    assert [round(sigma, 4) for sigma in (process.sigmas_of(20)[0], process.sigmas_of(20)[-1])] == [14.6146, 0.0]
-    assert len(process.sigmas_of(20)) == 21
+    assert [round(sigma, 4) for sigma in (process.sigmas_of(20, "eps")[0], process.sigmas_of(20, "eps")[-1])] == [14.6146, 0.0]
+    assert len(process.sigmas_of(20, "eps")) == 21
 
 
 def test_the_sketch_finds_a_linear_map():
@@ -84,7 +84,7 @@ def test_distance():
 def test_guidance_1_is_the_prompt_alone(sd):
     """The denoiser with the prompt's condition and nothing else, step for step."""
     told = sd.condition(["a red apple"])
-    sigmas = process.sigmas_of(STEPS)
+    sigmas = process.sigmas_of(STEPS, sd.config.prediction)
     x = process.noise_of(sd, 5) * (sigmas[0] ** 2 + 1) ** 0.5
     denoise = denoiser(sd.unet, sd.config.prediction)
     with torch.no_grad():
