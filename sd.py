@@ -84,7 +84,7 @@ PRESETS = {  # of rows alike in shape, a file is taken for the first with its pr
     "sdxl-turbo": replace(SDXL, size=512, steps=1, guidance=1.0, sampler="euler_a", spacing="trailing"),
     "lcm": Preset(UNetConfig(time_cond_proj_dim=256), steps=4, guidance=8.0, sampler="lcm"),
     "emoji": Preset(  # the built-in model: small, and told the text's pooled vector beside the time, as SDXL is
-        UNetConfig(in_channels=16, out_channels=16, model_channels=96, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(0, 1),
+        UNetConfig(in_channels=16, out_channels=16, model_channels=96, channel_mult=(1, 2), num_res_blocks=1, transformer_depth=(1, 1),
                    num_heads=(3, 6), context_dim=128, adm_in_channels=128, num_groups=8),
         VAEConfig(ch=16, ch_mult=(1, 2, 4, 4), num_res_blocks=1, z_channels=16, num_groups=4),
         CLIPTextConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4),

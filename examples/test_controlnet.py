@@ -231,7 +231,7 @@ def test_with_one_it_draws_as_from_python(tmp_path, capsys):
     with controlled(sd.unet, control, hint(Image.open(tmp_path / "edges.png").resize((64, 64), Image.Resampling.LANCZOS)), 0.5):
         images = sd.generate("a red apple", steps=3, batch=2)
     assert all(psnr(Image.open(tmp_path / f"x-{i}.png"), image) > 50 for i, image in enumerate(images))
-    assert psnr(images[0], sd.generate("a red apple", steps=3)[0]) < 30
+    assert psnr(images[0], sd.generate("a red apple", steps=3)[0]) < 40  # so the 50 above tells with from without
 
 
 def test_wrong_use_ends_in_one_line(tmp_path, capsys):
