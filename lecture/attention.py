@@ -6,11 +6,11 @@ say .8, .1 and .1 of them, by how well their keys match (Vaswani et al. 2017, eq
 Queries come from the positions of the picture, q = W_q x. In cross-attention keys and values come from the words' vectors e,
 k = W_k e and v = W_v e; in self-attention e = x (Rombach et al. 2022, section 3.3). Row i of the matrix a says what position i looks
 at; a column of it, laid out as a picture, is a word's heat map (Hertz et al. 2022, prompt-to-prompt; Tang et al. 2022, DAAM).
-In a full-size model such maps fall on the things the words name. A small model that attends at few positions and knows its captions
-by heart can do without: what its maps show is where the layers look, and the numbers printed say how far that is where the thing is.
+Such maps fall on the things the words name: in the built-in model most plainly those of its last layer, which has 8x8 positions. What the
+others show is where they look; the numbers printed say how far, on average, that is where something is drawn.
 
-    python lecture/attention.py
-    python lecture/attention.py --prompt "sun behind cloud" --word sun cloud
+    python lecture/attention.py --word blue heart red apple
+    python lecture/attention.py --prompt "three stars on a blue background" --word three stars blue
     python lecture/attention.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "a cat on a red sofa" --word cat red sofa
 """
 import math
@@ -192,7 +192,8 @@ def main(args: Namespace) -> None:
     steps = 3 if args.quick else sd.config.steps
     image, maps, matrices = look(sd, args.prompt, steps=steps, seed=args.seed)
     tell(image, maps.mean()[0], matrices, places)
-    name = min(matrices, key=lambda name: len(matrices[name]))
+    few = max(256, min(map(len, matrices.values())))
+    name = [name for name, a in matrices.items() if len(a) <= few][-1]
     tokens = ["start", *(piece.removesuffix("</w>") for _, piece in sd.tokenizer.tokens(args.prompt)[:75]), "end"]
     parts = {f'"{args.prompt}": what the positions of the picture look at: dark least, light most, written below; in layers of so many (positions)': maps_picture(image, maps, matrices, places),
              f"One such matrix itself: {short(name)}, last step. A row per position, a column per token; rows sum to 1, light is {matrices[name].max():.2f}":
@@ -210,5 +211,5 @@ def main(args: Namespace) -> None:
 
 if __name__ == "__main__":
     run(main, __doc__, ckpt={"help": "an SD 1.x file or one of train.py; default: the built-in model"},
-        prompt={"default": "house with garden"}, word={"nargs": "+", "help": "words of the prompt; default: all"}, seed={"type": int, "default": 0},
+        prompt={"default": "a blue heart next to a red apple"}, word={"nargs": "+", "help": "words of the prompt; default: all"}, seed={"type": int, "default": 0},
         other={"default": "a rocket", "help": "a second prompt, for a model that is also told a pooled vector"})

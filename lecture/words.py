@@ -145,7 +145,7 @@ def main(args):
 
     table = sd.text.embeddings.token_embedding.weight
     print(f"\nthe table has {len(table):,} rows of {table.shape[1]} numbers. Looked at here: {len(words):,} of them, " +
-          ("the words of this model's captions, the only ones it learned" if "captions" in sd.metadata else "all that are a word"))
+          ("the words of this model's captions" if "captions" in sd.metadata else "all that are a word"))
     for word, best in neighbours.items():
         print(f"  nearest to {word}: " + ", ".join(f"{other} {cosine:.2f}" for other, cosine in best))
     share, chance = sorted_by_meaning(sd, words)
