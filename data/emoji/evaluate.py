@@ -6,8 +6,8 @@
 n prompts of each kind, drawn at random with a fixed seed, one picture each with the default settings (picture i from seed i):
     captions    of train/
     synonyms    words of synonyms.txt, which stand in no caption (vectors.py has the rule)
-    colours     "a green cat": a colour and an object that compose.py sets aside, and that is not the object's own colour
-    pairs       "a cat next to a pizza": two objects that compose.py sets aside
+    colours     "a blue cat": a colour and an object that compose.py sets aside, and that is not the object's own colour
+    pairs       "a cat next to a dog": two objects that compose.py sets aside
 Two judges, each beside what it says of true pictures (composed as the prompt says, then through the model's VAE and back): the most that can be reached.
     nearest     the nearest by L2 at 16x16 RGB. Captions and synonyms: of all pictures of train/. Colours and pairs: what is not white is cut out and
                 brought to full size first; shape is right if of all objects in that colour the asked one is nearest, hue if of that object
@@ -37,8 +37,8 @@ from sd import StableDiffusion, pixels  # noqa: E402
 
 CAPTIONS = ["a red apple", "pizza, twemoji", "a rocket", "cat face, noto", "a sunflower", "an octopus", "a penguin, twemoji", "a guitar",
             "a red heart", "smiling face with sunglasses, noto", "a crown", "a snowman"]
-OTHERS = ["a blue car", "a green cat", "a yellow heart with arrow", "a purple mushroom", "an angry dog face", "a pink rocket", "a red fish, noto",
-          "a slice of melon", "a happy robot", "a golden key, twemoji", "a small white rabbit", "fruit"]
+OTHERS = ["a blue cat", "an orange guitar", "a green butterfly", "a red octopus", "two green frogs", "a kitten", "a burger",
+          "a blue heart next to a red apple", "three stars", "a rocket on a blue background", "a small dog on the left", "a cat next to a dog"]
 BARS = {"captions: name": 60, "captions: name, of the nearest five": 80, "captions: style": 90, "synonyms: name, of the nearest five": 30,
         "colours: hue and shape": 60, "colours: hue": None, "colours: shape": None, "pairs: both halves": 40, "pairs: one half or both": None}  # %
 Emoji = dict[tuple[str, str], Image.Image]  # (name, style): RGBA
@@ -238,7 +238,7 @@ def main() -> None:
 
 
 def contact_sheet(sd: StableDiffusion, settings: dict) -> Image.Image:
-    """Twelve training captions above twelve prompts that are none, each picture from seed 0."""
+    """Twelve training captions above twelve prompts that it was never shown, each picture from seed 0."""
     side, text = 2 * sd.config.size, 16
     page = Image.new("RGB", (6 * side, 4 * (side + text)), "white")
     for i, prompt in enumerate(CAPTIONS + OTHERS):
