@@ -192,8 +192,8 @@ def main(args: Namespace) -> None:
     steps = 3 if args.quick else sd.config.steps
     image, maps, matrices = look(sd, args.prompt, steps=steps, seed=args.seed)
     tell(image, maps.mean()[0], matrices, places)
-    few = max(256, min(map(len, matrices.values())))
-    name = [name for name, a in matrices.items() if len(a) <= few][-1]
+    rows = max(256, min(map(len, matrices.values())))  # more do not fit on a page
+    name = [name for name, a in matrices.items() if len(a) <= rows][-1]
     tokens = ["start", *(piece.removesuffix("</w>") for _, piece in sd.tokenizer.tokens(args.prompt)[:75]), "end"]
     parts = {f'"{args.prompt}": what the positions of the picture look at: dark least, light most, written below; in layers of so many (positions)': maps_picture(image, maps, matrices, places),
              f"One such matrix itself: {short(name)}, last step. A row per position, a column per token; rows sum to 1, light is {matrices[name].max():.2f}":

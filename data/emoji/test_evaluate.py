@@ -1,6 +1,7 @@
 """The judges of evaluate.py are right about true pictures and wrong about wrong ones; the rules for words; CLIP's game by the words' places.
 
 The emoji here are drawn by the test: twelve outlines in three styles. Nothing is downloaded."""
+import re
 import sys
 from pathlib import Path
 
@@ -140,3 +141,11 @@ def test_by_parts_is_the_mean_of_the_best():
     for n in range(3):
         assert scores[n, 0] == pytest.approx(float(((image[n] @ text[0, 1]).max() + (image[n] @ text[0, 2]).max()) / 2), abs=1e-5)
         assert scores[n, 1] == pytest.approx(float((image[n] @ text[1, 1]).max()), abs=1e-5)
+
+
+def test_the_sheet_shows_what_is_set_aside():
+    coloured = [match.groups() for prompt in evaluate.OTHERS if (match := re.fullmatch(rf"an? ({'|'.join(COLOURS)}) (\w+)", prompt))]
+    paired = [match.groups() for prompt in evaluate.OTHERS if (match := re.fullmatch(r"an? (\w+) next to an? (\w+)", prompt))]
+    assert len(coloured) == 4 and len(paired) == 1 and all(set_aside(*fact) for fact in coloured + paired)
+    synonyms = [line.split(":")[0] for line in (HERE / "synonyms.txt").read_text().splitlines()]
+    assert {"a kitten", "a burger"} <= {f"a {word}" for word in synonyms} & set(evaluate.OTHERS)
