@@ -679,8 +679,13 @@ def write_maps(images: list[Image.Image], jobs: list[Job], maps: HeatMaps, words
 
 # --- what a picture was made with, as the text that A1111's and other tools read and write ---
 
+def spelled(name: str) -> str:
+    """As it is spelled here: A1111's "DPM++ 2M" and "Euler a" are dpmpp_2m and euler_a."""
+    return name.lower().replace("++", "pp").replace(" ", "_")
+
+
 STORED = {  # its name there: the option, and how to read it
-    "Steps": ("steps", int), "Sampler": ("sampler", str), "Schedule type": ("spacing", str), "CFG scale": ("guidance", float), "Seed": ("seed", int),
+    "Steps": ("steps", int), "Sampler": ("sampler", spelled), "Schedule type": ("spacing", spelled), "CFG scale": ("guidance", float), "Seed": ("seed", int),
     "Denoising strength": ("strength", float), "Init": ("init", str), "Mask": ("mask", str),
     "Image CFG scale": ("image_guidance", float), "Guided share": ("guided_share", float), "Deep every": ("deep_every", int),
     "Checkpoint": ("ckpt", str), "Preset": ("preset", str), "Prediction": ("prediction", str), "Lora": ("lora", json.loads), "Embedding": ("embedding", json.loads)}
@@ -707,6 +712,10 @@ def stored_settings(path: Path) -> dict[str, object]:
         width, height = map(int, found["Size"].split("x"))
         if "Init" not in found:
             found.pop("Denoising strength", None)  # of A1111's second pass
+        if found.get("Sampler", "").endswith(" Karras"):  # A1111 before 1.9
+            found |= {"Sampler": found["Sampler"].removesuffix(" Karras"), "Schedule type": "Karras"}
+        if found.get("Schedule type") == "Automatic":  # the sampler's usual one
+            del found["Schedule type"]
         return {"prompt": prompt, "negative": negative, "width": width, "height": height} | {
             option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
     except (OSError, KeyError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -352,14 +352,17 @@ def test_picture_is_drawn_again_from_itself(tiny, tmp_path, capsys):
     assert three.text["parameters"] == one.text["parameters"].replace("Seed: 7", "Seed: 8") and not np.array_equal(np.asarray(one), np.asarray(three))
 
 
-def test_settings_as_other_tools_write_them_are_read(tmp_path):
+@pytest.mark.parametrize("written, read", [
+    ("Sampler: Euler a", {"sampler": "euler_a"}), ("Sampler: DPM++ 2M, Schedule type: Karras", {"sampler": "dpmpp_2m", "spacing": "karras"}),
+    ("Sampler: DPM++ 2M Karras", {"sampler": "dpmpp_2m", "spacing": "karras"}), ("Sampler: Euler, Schedule type: Automatic", {"sampler": "euler"})])
+def test_settings_as_other_tools_write_them_are_read(written, read, tmp_path):
     """The strength is that of a second pass, there being no --init."""
     info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", "a cat, (red:1.2)\nNegative prompt: ugly\nSteps: 20, Sampler: euler, CFG scale: 7, Seed: 42, Size: 512x768, Denoising strength: 0.5, Hires upscale: 2, Model hash: 6ce, "
+    info.add_text("parameters", "a cat, (red:1.2)\nNegative prompt: ugly\nSteps: 20, " + written + ", CFG scale: 7, Seed: 42, Size: 512x768, Denoising strength: 0.5, Hires upscale: 2, Model hash: 6ce, "
                                 "Model: v1-5-pruned, Hashes: {\"model\": \"6ce0\"}, Version: v1.9.4")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
     assert sd_module.stored_settings(tmp_path / "x.png") == {
-        "prompt": "a cat, (red:1.2)", "negative": "ugly", "width": 512, "height": 768, "steps": 20, "sampler": "euler", "guidance": 7.0, "seed": 42}
+        "prompt": "a cat, (red:1.2)", "negative": "ugly", "width": 512, "height": 768, "steps": 20, "guidance": 7.0, "seed": 42} | read
 
 
 @pytest.mark.parametrize("prompt, negative", [("", ""), ("", "blue"), ("  a cat", ""), ("Negative prompt: none", ""), ("a\n\n", "\n")])
