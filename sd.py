@@ -718,6 +718,8 @@ def stored_settings(path: Path) -> dict[str, object]:
             del found["Schedule type"]
         return {"prompt": prompt, "negative": negative, "width": width, "height": height} | {
             option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
+    except FileNotFoundError as error:
+        raise UserError(f"no such file: {path}") from error
     except (OSError, KeyError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} holds no settings of a picture: {type(error).__name__}: {error}") from error
 

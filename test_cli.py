@@ -300,7 +300,7 @@ def test_a_long_prompt_changes_no_other_picture(tiny, tmp_path, capsys):
     (["--prompts", "EMPTY"], "is empty: write one prompt a line"),
     (["--prompts", "FULL", "--film", "f.gif"], "--prompts does not go with film"),
     (["a cat", "--prompts", "FULL"], "--prompts does not go with prompt"),
-    (["--from", "missing.png"], "missing.png holds no settings"),
+    (["--from", "missing.png"], "no such file: missing.png"),
     (["--from", "PLAIN"], "holds no settings of a picture"),
     (["--from", "HUGE"], "holds no settings of a picture: DecompressionBombError"),
     (["a cat", "--lora", ""], "no such file: "),
