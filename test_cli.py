@@ -119,7 +119,7 @@ def test_film_ends_with_the_picture(tiny, tmp_path, capsys):
 
 def test_watching_changes_no_picture_and_maps_sum_to_one(tiny, tmp_path, capsys):
     for name, more in {"plain": [], "watched": ["--attn", tmp_path / "maps", "--words", "cat,Hat"]}.items():
-        assert command(sd_module, capsys, "a cat, a hat", "--width", 72, "--ckpt", tiny, "--out", tmp_path / f"{name}.png", *more)[0] == 0
+        assert command(sd_module, capsys, "a cat, a hat", "--width", 72, "--dtype", "fp32", "--ckpt", tiny, "--out", tmp_path / f"{name}.png", *more)[0] == 0
     assert np.abs(np.asarray(Image.open(tmp_path / "plain.png"), float) - np.asarray(Image.open(tmp_path / "watched.png"))).max() <= 1
     assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["watched-2-cat.png", "watched-5-hat.png"]
     sd, maps = StableDiffusion.load(tiny), sd_module.HeatMaps()
@@ -163,7 +163,7 @@ def test_lowmem_takes_its_networks_off_the_device(tiny, monkeypatch):
 
 def test_tiles_leave_no_seams():
     """The built-in VAE, a 512x512 page of its pictures: tiles of a quarter of it, against the whole. `pytest -s` shows the dB."""
-    sd = StableDiffusion.load()
+    sd = StableDiffusion.load(dtype=torch.float32)
     with torch.no_grad():
         z = sd.encode_image([Image.open(DOCS).convert("RGB").crop((0, 0, 512, 512))])
         whole, tiled = sd.vae.decode(z).clamp(-1, 1), decode_tiled(sd.vae, z, tile=40, overlap=16).clamp(-1, 1)

@@ -38,7 +38,7 @@ from sd import StableDiffusion, on_white, output_paths, pixels, read_image, writ
 
 
 class ControlNet(nn.Module):
-    """A copy of a UNet's first half, with the names of cldm.py, the authors' file.
+    """A copy of a UNet's first half, on its device and in its dtype, with the names of cldm.py, the authors' file.
 
     hint (1 or B, 3, 8H, 8W) in [0, 1], then what the UNet is told: x (B, in, H, W), t (B,), context (B, T, D), y or None
     -> what to add to each skip, first to last, and to the middle: each (B, C_i, H_i, W_i).
@@ -58,6 +58,7 @@ class ControlNet(nn.Module):
             layers += [nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, c_out, 3, stride=2, padding=1)]
             c = c_out
         self.input_hint_block = nn.Sequential(*layers, nn.SiLU(), zero(nn.Conv2d(c, cfg.model_channels, 3, padding=1)))
+        self.to(unet.out[2].weight)
 
     def forward(self, hint: Tensor, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> list[Tensor]:
         dtype = self.time_embed[0].weight.dtype
@@ -179,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.ckpt} changes pictures; this draws from noise and the hint: give another --ckpt")
     if args.controlnet is None:
         print("no --controlnet: a fresh copy of the UNet, which changes nothing until it is trained")
-    control = ControlNet(sd.unet).to(sd.unet.out[2].weight) if args.controlnet is None else load(args.controlnet, sd)
+    control = ControlNet(sd.unet) if args.controlnet is None else load(args.controlnet, sd)
     width, height, *_ = sd.settings(args.width, args.height, args.steps, args.guidance, None, None)
     image = ImageOps.fit(control_image, (width, height), Image.Resampling.LANCZOS)
     hint = hints([outlines(image) if args.outlines else image]).to(sd.device)

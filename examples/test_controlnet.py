@@ -222,12 +222,12 @@ def test_outlines_of_a_picture_are_taken_as_the_hint(tmp_path, capsys, monkeypat
 
 def test_with_one_it_draws_as_from_python(tmp_path, capsys):
     sd = StableDiffusion.load(BUILTIN)
-    control = randomise(ControlNet(sd.unet))
-    save_file({name: tensor.contiguous() for name, tensor in control.state_dict().items()}, tmp_path / "c.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in randomise(ControlNet(sd.unet)).state_dict().items()}, tmp_path / "c.safetensors")
     drawing().resize((128, 128), Image.Resampling.NEAREST).save(tmp_path / "edges.png")
     code, _, _ = run(capsys, "--control", tmp_path / "edges.png", "--controlnet", tmp_path / "c.safetensors", "--scale", 2, "--steps", 3, "--batch", 2,
                      "--out", tmp_path / "x.png")
     assert code == 0 and sorted(path.name for path in tmp_path.glob("x*")) == ["x-0.png", "x-1.png"]
+    control = load(tmp_path / "c.safetensors", sd)
     with controlled(sd.unet, control, hint(Image.open(tmp_path / "edges.png").resize((64, 64), Image.Resampling.LANCZOS)), 2):
         images = sd.generate("a red apple", steps=3, batch=2)
     assert all(psnr(Image.open(tmp_path / f"x-{i}.png"), image) > 50 for i, image in enumerate(images))

@@ -24,7 +24,7 @@ torch.manual_seed(0)
 
 @pytest.fixture(scope="module")
 def sd():
-    return StableDiffusion.load()
+    return StableDiffusion.load(dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
