@@ -152,8 +152,7 @@ class StableDiffusion:
             state = {}
             for file_name, name, tensor in self.weights(prefix, folder):
                 tensor = tensor if read is None else read(file_name).reshape(tensor.shape)
-                # convolutions like channels last, and positions become tokens without a copy
-                state[name] = tensor.to(home, part_dtype, memory_format=torch.channels_last if tensor.ndim == 4 else torch.preserve_format)
+                state[name] = converted(tensor, home, part_dtype)
             part.load_state_dict(state, assign=True)
             part.eval().requires_grad_(False)
 
@@ -490,6 +489,19 @@ def best_device_and_dtype(device: str | None, dtype: torch.dtype | None) -> tupl
         native_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
         dtype = torch.float16 if not device.startswith("cpu") else torch.bfloat16 if native_bf16 else torch.float32
     return device, dtype
+
+
+def converted(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """As `Tensor.to`, laid out as it is computed with: convolutions like channels last, and positions become tokens without a copy."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    if device != "cpu" or dtype != torch.bfloat16 or tensor.dtype == dtype:
+        return tensor.to(device, dtype, memory_format=layout)
+    # PyTorch writes bf16 number by number, 3 billion a second, unless it comes from fp32 in the same layout: so go there first, in pieces a cache can hold
+    out = torch.empty_like(tensor, device=device, dtype=dtype, memory_format=layout)
+    rows = max(1, 2**20 * len(tensor) // tensor.numel())
+    for piece, source in zip(out.split(rows), tensor.split(rows)):
+        piece.copy_(source.to(torch.float32, memory_format=layout))
+    return out
 
 
 def keep_freed_memory() -> None:
