@@ -34,7 +34,7 @@ from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
 from model import CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, deep_kept, timestep_embedding
 from sampler import (ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target,
                      training_sigmas)
-from sd import PRESETS, Preset, StableDiffusion, UserError
+from sd import PRESETS, Preset, StableDiffusion, UserError, converted
 from vae import AutoencoderKL, Downsample, VAEConfig, kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
@@ -621,6 +621,16 @@ def test_callback_sees_every_step():
     sd.generate("a cat", steps=6, callback=seen.append)
     assert [step.index for step in seen] == list(range(6)) and all(step.x.shape == step.denoised.shape == (1, 4, 8, 8) for step in seen)
     assert torch.equal(seen[-1].x, seen[-1].denoised)  # the last step of DPM++ ends at the guess
+
+
+@pytest.mark.parametrize("source", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1001, 2100), (400, 333, 3, 3), (1280,), (1, 1)], ids=str)
+def test_weights_become_bf16_as_pytorch_converts_them(shape, source):
+    """The first two are of more than one piece, the last of which is shorter."""
+    tensor = torch.randn(shape).to(source)
+    found = converted(tensor, "cpu", torch.bfloat16)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, tensor.to(torch.bfloat16))
+    assert found.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.035), (torch.float16, 0.0035)])
