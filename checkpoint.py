@@ -1,6 +1,6 @@
 """What people have on disk: an official single file, a diffusers folder, or the name of a model on the Hugging Face hub.
 
-All become the same: tensors by name, each as a function that reads it. A file's names are those of this project's modules, a folder's
+All become the same: tensors by name, none read yet. A file's names are those of this project's modules, a folder's
 `diffusers_name`s such as "unet/down_blocks.0.resnets.0.conv1.weight". `config` is a sd.Preset throughout.
 """
 import json
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-Tensors = dict[str, Callable[[], Tensor]]
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+    shape: torch.Size
+    read: Callable[[], Tensor]
+
+
+Tensors = dict[str, Stored]
 
 
 class UserError(ValueError):
@@ -43,8 +51,8 @@ class Inert:
 
 
 def open_checkpoint(path: Path) -> tuple[Tensors, dict[str, str], dict]:
-    """A file's tensors, by official name, each as a function that reads it, its metadata, and what its marks say of the Preset:
-    "prediction", None if they say nothing. Raises UserError if it cannot be read."""
+    """A file's tensors by official name, its metadata, and what its marks say of the Preset: "prediction", None if they say nothing.
+    Raises UserError if it cannot be read."""
     tensors, metadata = open_tensors(path)
     marked = "v" if "v_pred" in tensors else None  # of SDXL variants; the other mark is that of SAI's model specification
     prediction = PREDICTION_TYPES.get(metadata.get("modelspec.prediction_type", marked))
@@ -63,13 +71,13 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
             read = mapped(path)
-            return {name: partial(read, name) for name in file.keys()}, file.metadata() or {}
+            return {name: Stored(torch.Size(file.get_slice(name).get_shape()), partial(read, name)) for name in file.keys()}, file.metadata() or {}
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path} is damaged, or no checkpoint of PyTorch 1.6 or later")
         with torch.serialization.safe_globals([(Inert, LIGHTNING)]):
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = state.get("state_dict", state.get("string_to_param", state))  # the latter in A1111's files of learned words
-        return {name: partial(state.get, name) for name, value in state.items() if isinstance(value, Tensor)}, {}
+        return {name: Stored(value.shape, partial(state.get, name)) for name, value in state.items() if isinstance(value, Tensor)}, {}
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is damaged, or holds more than tensors and could run code: ask for a .safetensors file of it") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, AttributeError) as error:
@@ -174,7 +182,7 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
     for name in list(tensors):
         tensor = tensors.pop(name)
         if name.endswith("text_projection.weight"):
-            tensor = partial(lambda read: read().T, tensor)
+            tensor = Stored(tensor.shape[::-1], partial(lambda read: read().T, tensor.read))
         name = re.sub(r"^(text_encoder(_2)?/)(?!text_model\.|text_projection)", r"\1text_model.", name)  # transformers 5 may leave it out
         tensors[re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda match: OLD_ATTENTION[match[1]], name)] = tensor
 

@@ -107,7 +107,9 @@ class Tokenizer:
 def load_bpe() -> BPETokenizer:
     """CLIP's byte-pair encoding: 256 bytes, the same ending a word, 48,894 merges, start and end make 49,408 ids."""
     with gzip.open(MERGES, "rt", encoding="utf-8") as f:
-        merges = [tuple(line.split()) for line in f.read().split("\n")[1:49152 - 256 - 2 + 1]]
+        f.readline()  # the version
+        words = f.read().split()[:2 * (49152 - 256 - 2)]
+    merges = list(zip(words[::2], words[1::2]))
     # The order of the 256 byte characters is that of the printable Latin-1 ones, then the rest from U+0100 on.
     alphabet = [chr(c) for lo, hi in ((33, 126), (161, 172), (174, 255), (256, 323)) for c in range(lo, hi + 1)]
     symbols = alphabet + [a + "</w>" for a in alphabet] + [a + b for a, b in merges]

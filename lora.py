@@ -68,14 +68,14 @@ def open_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
     if special := [key for key, value in about.items() if re.search("(use_rslora|use_dora|alpha_pattern)$", key) and value]:
         raise UserError(f"{path} is no plain LoRA: {special[0]} is {about[special[0]]}")
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, read in tensors.items():
+    for name, tensor in tensors.items():
         match = PART.match(name.replace(".processor.", ".").replace("to_out_lora", "to_out.0_lora"))  # as in diffusers' first files
         if match is None:
             raise UserError(f"{path} is no plain LoRA: it holds {name}")
         layer, kind = match[1].replace(".", "_"), match[2] or match[3]
         for theirs, ours in BEGINNINGS:
             layer = re.sub(theirs, ours, layer)
-        parts.setdefault(layer, {})[{"A": "down", "B": "up"}.get(kind, kind)] = read()
+        parts.setdefault(layer, {})[{"A": "down", "B": "up"}.get(kind, kind)] = tensor.read()
     for layer, part in parts.items():
         if not {"down", "up"} <= part.keys():
             raise UserError(f"{path} is damaged: of {layer} it holds only {', '.join(part)}")
@@ -93,8 +93,8 @@ def add_embedding(sd: "StableDiffusion", path: str | Path) -> list[str]:
     model then stays as it was.
     """
     path, learned = Path(path), []
-    for name, read in open_tensors(path)[0].items():
-        vectors = torch.atleast_2d(read().float())
+    for name, tensor in open_tensors(path)[0].items():
+        vectors = torch.atleast_2d(tensor.read().float())
         word = path.stem if name in ("*", "emb_params", "clip_l", "clip_g") else name  # as A1111 and for SDXL
         widths = [encoder.cfg.hidden_size for encoder in sd.encoders]
         if vectors.shape[1] not in widths:

@@ -31,7 +31,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import sampler
 from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
-from model import CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, deep_kept, timestep_embedding
+from model import CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, attention_in_blocks, deep_kept, timestep_embedding
 from sampler import (ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target,
                      training_sigmas)
 from sd import PRESETS, Preset, StableDiffusion, UserError, converted
@@ -190,6 +190,22 @@ def test_unet_equals_diffusers(name):
     for height, width in (16, 16), (11, 13):
         x = torch.randn(2, cfg.in_channels, height, width)
         assert relative_error(unet(x, t, context, y), reference(x, t, context, class_labels=y).sample) < 1e-5
+
+
+def test_one_x_meets_several_contexts():
+    """As in guidance: x without copies, what comes before the words is computed once. With copies, it is not; nor if the times differ."""
+    unet = randomise(UNetModel(SMALL.unet))
+    reference = reference_unet(SMALL.unet, {"model.diffusion_model." + k: v for k, v in unet.state_dict().items()})
+    x, contexts, sizes = torch.randn(1, 4, 16, 24).expand(3, -1, -1, -1), torch.randn(3, 77, 32), []
+    for layer in unet.input_blocks[0], unet.input_blocks[1][0], unet.input_blocks[1][1].transformer_blocks[0].attn1, unet.input_blocks[1]:
+        layer.register_forward_hook(lambda layer, args, out: sizes.append(len(out)))
+    for given, t, once in (x, torch.tensor([500]).expand(3), True), (x.contiguous(), torch.tensor([500]).expand(3), False), (x, torch.tensor([1, 500, 999]), False):
+        sizes.clear()
+        assert relative_error(unet(given, t, contexts), reference(x, t, contexts).sample) < 1e-5
+        assert sizes == ([1, 1, 1, 3] if once else [3, 3, 3, 3])
+    sizes.clear()
+    guided(denoiser(unet, "eps"), *({"context": one} for one in contexts.split(1)[:2]), 7.5)(x[:1], 7.0)
+    assert sizes == [1, 1, 1, 2]
 
 
 def test_deep_features_kept_equal_diffusers_with_the_last_block_given_them():
@@ -688,11 +704,15 @@ def test_attention_weights_open_and_fused_agree():
 
 
 @torch.no_grad()
-def test_attention_of_bf16_on_a_cpu_goes_in_blocks():
-    """Of 600 queries, which is no multiple of a block; against float64. Scores of up to 4, rounded to 8 bits, are up to 0.008 off."""
+def test_attention_of_bf16_on_a_cpu_goes_in_blocks(monkeypatch):
+    """Where products are slow in the fused kernel. Of 600 queries, which is no multiple of a block; against float64. Scores of up to 4, rounded to 8 bits, are up to 0.008 off."""
     q, k, v = (torch.randn(2, n, 3, 40).bfloat16().transpose(1, 2) for n in (600, 300, 300))
+    monkeypatch.setattr("model.AMX", False)
     h, exact = attention(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert h.dtype == torch.bfloat16 and h.shape == q.shape and relative_error(h.double(), exact) < 0.01
+    assert torch.equal(h, attention_in_blocks(q, k, v))
+    monkeypatch.setattr("model.AMX", True)
+    assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
 def test_linear_by_way_of_a_convolution():

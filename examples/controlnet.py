@@ -120,11 +120,11 @@ def load(path: str | Path, sd: StableDiffusion) -> ControlNet:
     path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
     found, _ = open_tensors(path)
     # the first files held the whole model, and of it only this
-    tensors = {name.removeprefix(PREFIX): read for name, read in found.items() if name.startswith(PREFIX)} or found
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in found.items() if name.startswith(PREFIX)} or found
     with torch.device("meta"):
         control = ControlNet(UNetModel(sd.config.unet))
     names = {name: diffusers_control_name(name, sd.config) if "controlnet_mid_block.weight" in tensors else name for name in control.state_dict()}
-    shapes = {name: read().shape for name, read in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     wanted = {names[name]: tensor.shape for name, tensor in control.state_dict().items()}
     middle, words = names["middle_block_out.0.weight"], names["middle_block.1.transformer_blocks.0.attn2.to_k.weight"]
     if middle not in shapes or words not in shapes:
@@ -133,7 +133,7 @@ def load(path: str | Path, sd: StableDiffusion) -> ControlNet:
     if (c, d) != (our_c, our_d):
         raise UserError(f"{path} goes with a UNet {c} channels wide in the middle and words of {d}, not with this one of {our_c} and {our_d}: give its --ckpt")
     check_names_and_shapes(path, shapes, wanted)
-    control.load_state_dict({name: tensors[names[name]]().to(sd.device, sd.unet.out[2].weight.dtype).reshape(tensor.shape)
+    control.load_state_dict({name: tensors[names[name]].read().to(sd.device, sd.unet.out[2].weight.dtype).reshape(tensor.shape)
                              for name, tensor in control.state_dict().items()}, assign=True)
     return control.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
