@@ -99,7 +99,7 @@ class UNetModel(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         dtype = self.out[2].weight.dtype
-        if x.stride(0) == t.stride(0) == 0:  # one x given B times, as in guidance: until it meets the first words, once is enough
+        if x.stride(0) == t.stride(0) == 0:  # one x expanded to B, as in guidance: until it meets words, or y or w, once is enough
             x, t = x[:1], t[:1]
         h, context = x.to(dtype), context.to(dtype)
         emb = timestep_embedding(t, self.cfg.model_channels).to(dtype)                   # (B, model_channels)
@@ -119,8 +119,8 @@ class UNetModel(nn.Module):
         h = self.middle_block(h, emb, context)
         for block in self.output_blocks:
             skip = skips.pop()
-            if len(skip) < len(h):
-                skip = torch.cat([skip] * len(h))
+            if skip.shape[0] < h.shape[0]:
+                skip = torch.cat([skip] * h.shape[0])  # not expand: the result would not be channels last
             h = torch.cat([h, skip], dim=1)
             h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
         return self.out(h)
@@ -251,7 +251,8 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         q = self.split(self.to_q(x))
         k, v = self.keys_and_values(x if context is None else context)
-        q = q.expand(len(k), -1, -1, -1)
+        if q.shape[0] == 1:
+            q = q.expand(k.shape[0], -1, -1, -1)
         if self.upcast:
             q, k, v = q.float(), k.float(), v.float()
         if self.watch is None:

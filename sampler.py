@@ -77,13 +77,15 @@ def target(prediction: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoiser(net: Callable[..., Tensor], prediction: str) -> Callable[..., Tensor]:
-    """The network net(x, t, ...) as denoise(x, sigma, ...). `concat` (B, C', H, W) are further input channels, such as a mask. A single x may
-    meet B conditions; the network is then given it B times, without a copy."""
+    """The network net(x, t, ...) as denoise(x, sigma, ...). `concat` (B, C', H, W) are further input channels, such as a mask.
+
+    What the network is given may be one x, or one time, B times without a copy: not to be written into.
+    """
     def denoise(x: Tensor, sigma: float, concat: Tensor | None = None, **condition: Tensor) -> Tensor:
         c_skip, c_out = PREDICTIONS[prediction](sigma)
-        B = max([len(x), *map(len, condition.values())])
-        t = torch.full((1,), sigma_to_t(sigma, prediction), device=x.device).expand(B)
-        scaled = (x / (sigma**2 + 1) ** 0.5).expand(B, *x.shape[1:])
+        t = torch.full((1,), sigma_to_t(sigma, prediction), device=x.device).expand(len(x))
+        one_or_all = x[:1] if x.stride(0) == 0 else x
+        scaled = (one_or_all / (sigma**2 + 1) ** 0.5).expand(x.shape)
         if concat is not None:
             scaled = torch.cat([scaled, concat], dim=1)
         return c_skip * x + c_out * net(scaled, t, **condition).float()
@@ -107,8 +109,9 @@ def mixed(denoise: Callable[..., Tensor], weighted: list[tuple[float, dict[str, 
     batch = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
 
     def mixed_denoise(x: Tensor, sigma: float) -> Tensor:
-        guesses = denoise(x if len(x) == 1 else torch.cat([x] * len(weights)), sigma, **batch).chunk(len(weights))
-        return sum(weight * guess for weight, guess in zip(weights, guesses))
+        every = x.expand(len(weights), *x.shape[1:]) if len(x) == 1 else torch.cat([x] * len(weights))  # without a copy: UNetModel makes use of it
+        guesses = denoise(every, sigma, **batch).chunk(len(weights))
+        return sum(weight * guess for weight, guess in zip(weights, guesses, strict=True))
     return mixed_denoise
 
 

@@ -93,6 +93,18 @@ PRESETS = {  # of rows alike in shape, a file is taken for the first with its pr
 }
 
 
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Else it goes through all that was imported, again and again, as modules and tensors are made: a twentieth of the time that loading takes."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class StableDiffusion:
     """The three networks and what turns a prompt into a picture with them. `load` is the usual way to make one."""
 
@@ -111,6 +123,7 @@ class StableDiffusion:
         self.device, self.lowmem = torch.device("cpu"), False
 
     @classmethod
+    @collector_off()
     def load(cls, path: str | Path | None = None, device: str | None = None, dtype: torch.dtype | None = None,
              lowmem: bool = False, preset: str | None = None, prediction: str | None = None) -> "StableDiffusion":
         """A model from an official single file (.safetensors or .ckpt), a diffusers folder, or the hub (owner/name); None: the built-in
@@ -122,7 +135,6 @@ class StableDiffusion:
         """
         device, dtype = best_device_and_dtype(device, dtype)
         half = dtype == torch.float16
-        gc.freeze()  # else the collector goes through all that was imported, again and again: a twentieth of the time
         path = BUILTIN if path is None else find(path, half)
         folder = path.is_dir()
         tensors, metadata, told = open_folder(path, half) if folder else open_checkpoint(path)
@@ -498,7 +510,8 @@ def converted(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
     if device != "cpu" or dtype != torch.bfloat16 or tensor.dtype == dtype:
         return tensor.to(device, dtype, memory_format=layout)
-    # PyTorch writes bf16 one number at a time, unless from fp32 in the same layout: to go there first, in pieces a cache can hold, is 1.3 to 4 times as fast
+    # PyTorch writes bf16 one number at a time, unless from fp32 in the same layout: to go there first, and to change the layout of bf16, half as large,
+    # last, in pieces a cache can hold, is 1.3 to 4 times as fast
     out = torch.empty_like(tensor, device=device, dtype=dtype, memory_format=layout)
     rows = max(1, 2**18 * len(tensor) // tensor.numel())
     for piece, source in zip(out.split(rows), tensor.split(rows)):

@@ -208,6 +208,16 @@ def test_one_x_meets_several_contexts():
     assert sizes == [1, 1, 1, 2]
 
 
+def test_guidance_of_a_function_that_ignores_its_condition():
+    """As if there were none; with one x and with two, and where the condition is a picture beside it alone."""
+    for x in torch.randn(1, 4, 8, 8), torch.randn(2, 4, 8, 8):
+        one = {"context": torch.zeros(len(x), 77, 32)}
+        torch.testing.assert_close(guided(lambda x, sigma, context: x / 2, one, one, 7.5)(x, 3.0), x / 2)
+        beside = {"concat": torch.ones(len(x), 4, 8, 8)}
+        net = denoiser(lambda x, t: x[:, 4:] * t[:, None, None, None], "eps")  # of the picture alone
+        torch.testing.assert_close(guided(net, beside, beside, 7.5)(x, 3.0), net(x, 3.0, **beside))
+
+
 def test_deep_features_kept_equal_diffusers_with_the_last_block_given_them():
     """Every third call is whole; in those between, diffusers' last block is given what came up to it in the whole one. Two contexts go their own ways."""
     unet = randomise(UNetModel(SMALL.unet))
@@ -712,7 +722,8 @@ def test_attention_of_bf16_on_a_cpu_goes_in_blocks(monkeypatch):
     assert h.dtype == torch.bfloat16 and h.shape == q.shape and relative_error(h.double(), exact) < 0.01
     assert torch.equal(h, attention_in_blocks(q, k, v))
     monkeypatch.setattr("model.AMX", True)
-    assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    fused = attention(q, k, v)
+    assert torch.equal(fused, F.scaled_dot_product_attention(q, k, v)) and relative_error(fused.double(), exact) < 0.01
 
 
 def test_linear_by_way_of_a_convolution():
