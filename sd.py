@@ -11,7 +11,6 @@ w = W/f latent size with f = 8. Numbers: sampling runs in fp32 whatever the weig
 """
 import argparse
 import ctypes
-import gc
 import json
 import math
 import os
@@ -34,8 +33,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import (UserError, check_names_and_shapes, check_new, cut, diffusers_name, find, folder_files, make_folder, open_checkpoint,
-                        open_folder, save_folder, save_tensors, whole)
+from checkpoint import (UserError, check_names_and_shapes, check_new, collector_off, cut, diffusers_name, find, folder_files, make_folder,
+                        open_checkpoint, open_folder, save_folder, save_tensors, whole)
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer, emphasised, load_bpe
 from heatmaps import HeatMaps, chosen_words, overlay
 from lora import add_embedding, apply_lora
@@ -91,18 +90,6 @@ PRESETS = {  # of rows alike in shape, a file is taken for the first with its pr
         CLIPTextConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4),
         prediction="v", size=64, guidance=3.0),
 }
-
-
-@contextmanager
-def collector_off() -> Iterator[None]:
-    """Else it goes through all that was imported, again and again, as modules and tensors are made: a twentieth of the time that loading takes."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class StableDiffusion:
