@@ -8,10 +8,13 @@ n prompts of each kind, drawn at random with a fixed seed, one picture each with
     synonyms    words of synonyms.txt, which stand in no caption (vectors.py has the rule)
     colours     "a blue cat": a colour and an object that compose.py sets aside, and that is not the object's own colour
     pairs       "a cat next to a dog": two objects that compose.py sets aside
+    numbers     "three stars"; these and the next may have been trained on
+    places      "a dog on the left"
 Two judges, each beside what it says of true pictures (composed as the prompt says, then through the model's VAE and back): the most that can be reached.
     nearest     the nearest by L2 at 16x16 RGB. Captions and synonyms: of all pictures of train/. Colours and pairs: what is not white is cut out and
                 brought to full size first; shape is right if of all objects in that colour the asked one is nearest, hue if of that object
-                in all colours the asked one is; a pair, if left and right half each are nearest to their own object, either way round.
+                in all colours the asked one is; a pair, if left and right half each are nearest to their own object, either way round. Numbers and
+                places: each square of 30 pixels where one is asked for, the whole picture if all of them are right.
     classifier  the same questions to classify.py's net.
 """
 import argparse
@@ -26,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from classify import FILE, cut_out, load_emoji, load_judge
-from compose import COLOURS, fits, moved, on_ground, pair, recolour, set_aside
+from compose import COLOURS, NUMBERS, PLACES, arrange, fits, moved, on_ground, pair, recolour, set_aside
 from PIL import Image, ImageDraw
 from prepare import HERE, STYLES, with_article
 from torch import Tensor
@@ -40,7 +43,8 @@ CAPTIONS = ["a red apple", "pizza, twemoji", "a rocket", "cat face, noto", "a su
 OTHERS = ["a blue cat", "an orange guitar", "a green butterfly", "a red octopus", "two green frogs", "a kitten", "a burger",
           "a blue heart next to a red apple", "three stars", "a rocket on a blue background", "a small dog on the left", "a cat next to a dog"]
 BARS = {"captions: name": 60, "captions: name, of the nearest five": 80, "captions: style": 90, "synonyms: name, of the nearest five": 30,
-        "colours: hue and shape": 60, "colours: hue": None, "colours: shape": None, "pairs: both halves": 40, "pairs: one half or both": None}  # %
+        "colours: hue and shape": 60, "colours: hue": None, "colours: shape": None, "pairs: both halves": 40, "pairs: one half or both": None,
+        "numbers: all of them": None, "numbers: one or more": None, "places: there and right": None}  # %
 Emoji = dict[tuple[str, str], Image.Image]  # (name, style): RGBA
 
 
@@ -52,6 +56,7 @@ class Asked:
     picture: Image.Image
     style: str = ""
     colour: str = ""
+    spots: tuple[tuple[int, int], ...] = ()  # where the things are to be
 
 
 # --- what is asked ---
@@ -76,6 +81,14 @@ def ask(kind: str, n: int, emoji: Emoji, captions: list[str] | None = None) -> l
         facts = islice(((colour, name, style) for colour, name, style in facts if colour != own_colour(emoji[name, style])), n)
         return [Asked(said(with_article(f"{colour} {name}"), style), [name], on_ground(moved(recolour(emoji[name, style], colour), 0.92, rng)), style, colour)
                 for colour, name, style in facts]
+    if kind in ("numbers", "places"):
+        able, asked = [name for name in names if fits(name, kind[:-1])], []
+        for name in rng.sample(able, min(n, len(able))):
+            style = rng.choice(list(STYLES))
+            picture, (phrase, *_) = arrange(kind[:-1], [emoji[name, style]], [name], rng)
+            spots = NUMBERS[phrase.split()[0]] if kind == "numbers" else [PLACES[phrase.removeprefix(with_article(name) + " ")]]
+            asked.append(Asked(said(phrase, style), [name], on_ground(picture), style, spots=tuple(spots)))
+        return asked
     pairs = [(a, b) for a, b in product(names, names) if a != b and fits(a, kind) and fits(b, kind) and set_aside(a, b)]
     return [Asked(said(f"{with_article(a)} next to {with_article(b)}", style), [a, b], on_ground(pair(emoji[a, style], emoji[b, style])), style)
             for (a, b), style in ((fact, rng.choice(list(STYLES))) for fact in rng.sample(pairs, min(n, len(pairs))))]
@@ -100,6 +113,10 @@ def feature(image: Image.Image) -> np.ndarray:
 
 def halves(image: Image.Image) -> list[Image.Image]:
     return [image.crop((x, 0, x + 32, 64)) for x in (0, 32)]
+
+
+def around(image: Image.Image, spot: tuple[int, int]) -> Image.Image:
+    return image.crop((spot[0] - 15, spot[1] - 15, spot[0] + 15, spot[1] + 15))
 
 
 class Nearest:
@@ -172,6 +189,9 @@ def right(kind: str, judge: Nearest | Classifier, asked: Asked, image: Image.Ima
         found = [judge.half(half) for half in halves(image)]
         hits = max(sum(f == name for f, name in zip(found, order)) for order in (asked.names, asked.names[::-1]))
         return {"pairs: both halves": hits == 2, "pairs: one half or both": hits > 0}
+    if kind in ("numbers", "places"):
+        found = [judge.half(around(image, spot)) in asked.names for spot in asked.spots]
+        return {"numbers: all of them": all(found), "numbers: one or more": any(found)} if kind == "numbers" else {"places: there and right": found[0]}
     names = [name for name, _ in judge.names(image)]
     five = {f"{kind}: name, of the nearest five": any(name in asked.names for name in names)}
     return five if kind == "synonyms" else {"captions: name": names[0] in asked.names, **five, "captions: style": judge.style(image) == asked.style}
@@ -184,7 +204,7 @@ def table(draw: Callable[[list[str]], list[Image.Image]], vae: Callable[[list[Im
     """For each row of BARS the % right: nearest, nearest of true pictures, classifier, classifier of true pictures; and the distances."""
     judges = [Nearest(emoji)] + ([Classifier(emoji)] if FILE.exists() else [])
     rows, apart = {}, {}
-    for kind in ("captions", "synonyms", "colours", "pairs"):
+    for kind in ("captions", "synonyms", "colours", "pairs", "numbers", "places"):
         asked = ask(kind, n, emoji, captions)
         drawn, true = draw([a.prompt for a in asked]), vae([a.picture for a in asked])
         for judge, images in product(judges, (drawn, true)):

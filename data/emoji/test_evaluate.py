@@ -41,7 +41,7 @@ def emoji() -> evaluate.Emoji:
 @pytest.fixture(scope="module")
 def judged(emoji) -> dict[str, dict]:
     """The table of a model that draws the truth, and of one that draws the truth of another prompt."""
-    truth = {a.prompt: a.picture for kind in ("captions", "synonyms", "colours", "pairs") for a in evaluate.ask(kind, 30, emoji)}
+    truth = {a.prompt: a.picture for kind in ("captions", "synonyms", "colours", "pairs", "numbers", "places") for a in evaluate.ask(kind, 30, emoji)}
 
     def table(shift: int) -> dict[str, list[float]]:
         with pytest.MonkeyPatch.context() as patch:
@@ -56,7 +56,7 @@ def test_true_pictures_are_right(judged):
 
 
 def test_wrong_pictures_are_wrong(judged):
-    for row in ("captions: name", "colours: hue and shape", "pairs: both halves"):
+    for row in ("captions: name", "colours: hue and shape", "pairs: both halves", "numbers: all of them", "places: there and right"):
         nearest, nearest_true = judged["wrong"][row]
         assert nearest <= 25 and nearest_true >= 90, row
 
@@ -112,6 +112,20 @@ def test_either_order_of_a_pair_is_right(emoji):
     answers = [evaluate.right("pairs", judge, asked, image) for image in (both, one, twice)]
     assert [answer["pairs: both halves"] for answer in answers] == [True, False, False]
     assert all(answer["pairs: one half or both"] for answer in answers)
+
+
+def test_all_of_a_number_must_be_right(emoji):
+    """Three bells; with a tooth for one of them; two bells where three are asked for."""
+    judge, page = evaluate.Nearest(emoji), Image.new("RGBA", (64, 64))
+    asked = evaluate.Asked("three bells", ["bell"], page, spots=tuple(evaluate.NUMBERS["three"]))
+
+    def answer(*names: str, spots: list[tuple[int, int]] = evaluate.NUMBERS["three"]) -> list[bool]:
+        image = page
+        for name, (x, y) in zip(names, spots):
+            image = Image.alpha_composite(image, place(emoji[name, "3d"], x, y, 27, 27))
+        return list(evaluate.right("numbers", judge, asked, evaluate.on_ground(image)).values())
+    assert answer("bell", "bell", "bell") == [True, True] and answer("bell", "bell", "tooth") == [False, True] and answer("tooth", "door", "pizza") == [False, False]
+    assert not answer("bell", "bell", spots=evaluate.NUMBERS["two"])[0]
 
 
 def test_distances_are_in_255ths():
