@@ -670,7 +670,8 @@ def test_half_precision_weights_work_on_the_cpu(dtype, bound):
 
 @torch.no_grad()
 def test_bf16_is_as_near_to_fp32_as_in_diffusers():
-    """The built-in model's latents after 20 guided steps, 16x16, so that attention goes in blocks. `pytest -s` shows the relative errors."""
+    """The built-in model's latents after 20 guided steps, 16x16, so that attention goes in blocks (without AMX). `pytest -s` shows the relative errors.
+    Of twelve prompts the median: now and then rounding sends a run another way, ours or theirs, and its error is twice the others'."""
     sd = StableDiffusion.load(None, "cpu", torch.float32)
     theirs = reference_unet(sd.config.unet, sd.state_dict())
     half, their_half = deepcopy(sd.unet).bfloat16(), deepcopy(theirs).bfloat16()
@@ -683,10 +684,11 @@ def test_bf16_is_as_near_to_fp32_as_in_diffusers():
     def diffusers_unet(x, t, context, y) -> torch.Tensor:
         return their_half(x.bfloat16(), t, context.bfloat16(), class_labels=y.bfloat16()).sample
     errors = []
-    for case in enumerate(["a red apple", "a blue cat", "three stars"]):
+    for case in enumerate(["a red apple", "a blue cat", "three stars", "a rocket", "pizza, twemoji", "a crown", "two green frogs", "a guitar", "a snowman",
+                           "a small dog on the left", "a bus", "a tiger"]):
         exact = latents(sd.unet, *case)
         errors.append([float((latents(unet, *case) - exact).norm() / exact.norm()) for unet in (half, diffusers_unet)])
-    ours, others = np.mean(errors, 0)
+    ours, others = np.median(errors, 0)
     print(f"bf16 and fp32 lie {ours:.4f} apart, in diffusers {others:.4f}")
     assert ours < 0.02 and ours < 1.1 * others
 
