@@ -631,7 +631,7 @@ def check_options(args: argparse.Namespace) -> None:
         f"{args.prompt} {args.negative}".encode()
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid UTF-8") from error
-    for option, needs in ("strength", "init"), ("mask", "init"), ("image_guidance", "init"), ("words", "attn"):
+    for option, needs in ("strength", "init"), ("mask", "init"), ("image_guidance", "init"), ("words", "attn"), ("preset", "ckpt"):
         if getattr(args, option) is not None and getattr(args, needs) is None:
             raise UserError(f"--{option.replace('_', '-')} means nothing without --{needs}: give that too")
     if args.batch < 1:

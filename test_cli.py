@@ -496,6 +496,10 @@ def test_bad_settings(tiny, tmp_path, capsys, args, words):
     assert words in refused(capsys, tmp_path / "o.png", "--ckpt", tiny, *args)
 
 
+def test_a_preset_is_of_a_file(tmp_path, capsys):
+    assert "without --ckpt" in refused(capsys, tmp_path / "o.png", "--preset", "sd1")
+
+
 def test_strength_too_low_for_the_steps(tiny, tmp_path, capsys):
     Image.new("RGB", (32, 32)).save(tmp_path / "i.png")
     assert "0.1 of 3 steps" in refused(capsys, tmp_path / "o.png", "--ckpt", tiny, "--init", tmp_path / "i.png", "--strength", "0.1")
