@@ -717,7 +717,8 @@ def test_attention_weights_open_and_fused_agree():
 
 @torch.no_grad()
 def test_attention_of_bf16_on_a_cpu_goes_in_blocks(monkeypatch):
-    """Where products are slow in the fused kernel. Of 600 queries, which is no multiple of a block; against float64. Scores of up to 4, rounded to 8 bits, are up to 0.008 off."""
+    """Where products are slow in the fused kernel. Of 600 queries, which is no multiple of a block; against float64. Scores of up to 4, rounded to
+    8 bits, are up to 0.008 off."""
     q, k, v = (torch.randn(2, n, 3, 40).bfloat16().transpose(1, 2) for n in (600, 300, 300))
     monkeypatch.setattr("model.AMX", False)
     h, exact = attention(q, k, v), F.scaled_dot_product_attention(q.double(), k.double(), v.double())

@@ -45,6 +45,7 @@ OTHERS = ["a blue cat", "an orange guitar", "a green butterfly", "a red octopus"
 BARS = {"captions: name": 60, "captions: name, of the nearest five": 80, "captions: style": 90, "synonyms: name, of the nearest five": 30,
         "colours: hue and shape": 60, "colours: hue": None, "colours: shape": None, "pairs: both halves": 40, "pairs: one half or both": None,
         "numbers: all of them": None, "numbers: one or more": None, "places: there and right": None}  # %
+KINDS = ("captions", "synonyms", "colours", "pairs", "numbers", "places")  # of what is asked
 Emoji = dict[tuple[str, str], Image.Image]  # (name, style): RGBA
 
 
@@ -204,7 +205,7 @@ def table(draw: Callable[[list[str]], list[Image.Image]], vae: Callable[[list[Im
     """For each row of BARS the % right: nearest, nearest of true pictures, classifier, classifier of true pictures; and the distances."""
     judges = [Nearest(emoji)] + ([Classifier(emoji)] if FILE.exists() else [])
     rows, apart = {}, {}
-    for kind in ("captions", "synonyms", "colours", "pairs", "numbers", "places"):
+    for kind in KINDS:
         asked = ask(kind, n, emoji, captions)
         drawn, true = draw([a.prompt for a in asked]), vae([a.picture for a in asked])
         for judge, images in product(judges, (drawn, true)):
@@ -258,7 +259,7 @@ def main() -> None:
 
 
 def contact_sheet(sd: StableDiffusion, settings: dict) -> Image.Image:
-    """Twelve training captions above twelve prompts that it was never shown, each picture from seed 0."""
+    """Twelve training captions above twelve other prompts, of which at least the colours, words and pairs set aside were never shown, from seed 0."""
     side, text = 2 * sd.config.size, 16
     page = Image.new("RGB", (6 * side, 4 * (side + text)), "white")
     for i, prompt in enumerate(CAPTIONS + OTHERS):

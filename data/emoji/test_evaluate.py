@@ -41,7 +41,7 @@ def emoji() -> evaluate.Emoji:
 @pytest.fixture(scope="module")
 def judged(emoji) -> dict[str, dict]:
     """The table of a model that draws the truth, and of one that draws the truth of another prompt."""
-    truth = {a.prompt: a.picture for kind in ("captions", "synonyms", "colours", "pairs", "numbers", "places") for a in evaluate.ask(kind, 30, emoji)}
+    truth = {a.prompt: a.picture for kind in evaluate.KINDS for a in evaluate.ask(kind, 30, emoji)}
 
     def table(shift: int) -> dict[str, list[float]]:
         with pytest.MonkeyPatch.context() as patch:
