@@ -322,6 +322,30 @@ def deep_kept(unet: UNetModel, every: int) -> Iterator[None]:
             del block.forward
 
 
+def replayed(unet: UNetModel) -> Callable[..., Tensor]:
+    """The UNet on CUDA, for a t that is the same for all: what it has the GPU do is recorded at the second call with the same condition tensors, and
+    replayed from then on, to the same numbers. A fast GPU else waits for Python (a guided step of SD 1.x at 512x512 on an H100: 24 ms, replayed 10).
+    What Python does on the way is not done again, and neither the weights nor the conditions may change meanwhile."""
+    recorded = {}
+
+    def call(x: Tensor, t: Tensor, **condition: Tensor) -> Tensor:
+        key = (x.shape, x.stride(0) == 0, *map(id, condition.values()))
+        if key not in recorded:  # the first call makes what is kept from call to call: the words' keys and values, the libraries' memory
+            recorded[key] = None, condition  # which is held, so that no other tensor can get its id
+            return unet(x, t, **condition)
+        if recorded[key][0] is None:
+            graph, x_seen, t_seen = torch.cuda.CUDAGraph(), (x[:1] if x.stride(0) == 0 else x).clone(), t[:1].clone()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                out = unet(x_seen.expand(x.shape), t_seen.expand(t.shape), **condition)
+            recorded[key] = graph, condition, x_seen, t_seen, out
+        graph, _, x_seen, t_seen, out = recorded[key]
+        x_seen.copy_(x[:len(x_seen)])
+        t_seen.copy_(t[:1])
+        graph.replay()
+        return out.clone()
+    return call
+
+
 def cross_attentions(unet: UNetModel) -> dict[str, CrossAttention]:
     return {name: module for name, module in unet.named_modules() if name.endswith("attn2")}
 

@@ -38,7 +38,7 @@ from checkpoint import (UserError, check_names_and_shapes, check_new, collector_
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer, emphasised, load_bpe
 from heatmaps import HeatMaps, chosen_words, overlay
 from lora import add_embedding, apply_lora
-from model import UNetConfig, UNetModel, deep_kept, timestep_embedding, watching, words_kept
+from model import UNetConfig, UNetModel, deep_kept, replayed, timestep_embedding, watching, words_kept
 from sampler import PREDICTIONS, SAMPLERS, SPACINGS, Step, denoiser, inpainted, mixed, schedule, until
 from vae import AutoencoderKL, VAEConfig, decode_tiled
 
@@ -332,7 +332,8 @@ class StableDiffusion:
             weighted = [(weight, told | {"concat": concat}) for weight, told in weighted]
 
         with self.at_work(self.unet) as unet, words_kept(unet), nullcontext() if deep_every is None else deep_kept(unet, deep_every):
-            network = denoiser(unet, self.config.prediction)
+            replay = self.device.type == "cuda" and not self.lowmem and deep_every is None
+            network = denoiser(replayed(unet) if replay else unet, self.config.prediction)
             denoise = mixed(network, weighted, one_by_one=self.lowmem)
             if guided_share is not None:
                 denoise = until(sigmas[round(guided_share * run)], denoise, mixed(network, [(1.0, weighted[-1][1])]))

@@ -95,13 +95,13 @@ def test_first_command_of_the_readme(tmp_path):
 
 def test_png_holds_what_is_needed_to_make_it_again(tiny, tmp_path, capsys):
     code, _, _ = command(sd_module, capsys, "naïve 猫\nsecond line", "--negative", "grey", "--steps", 4, "--guidance", 0, "--seed", 7, "--width", 40,
-                         "--sampler", "euler_a", "--spacing", "karras", "--batch", 2, "--ckpt", tiny, "--out", tmp_path / "p.png")
+                         "--sampler", "euler_a", "--spacing", "karras", "--batch", 2, "--ckpt", tiny, "--device", "cpu", "--out", tmp_path / "p.png")
     assert code == 0 and sorted(p.name for p in tmp_path.iterdir()) == ["p-7.png", "p-8.png"]
     picture = Image.open(tmp_path / "p-8.png")
     prompt, negative, rest = re.fullmatch(r"(?s)(.*)\nNegative prompt: (.*)\n(Steps: .*)", picture.text["parameters"]).groups()
     told = dict(pair.split(": ") for pair in rest.split(", "))
     width, height = map(int, told["Size"].split("x"))
-    again = StableDiffusion.load(tiny).generate(prompt, negative, width, height, int(told["Steps"]), float(told["CFG scale"]), told["Sampler"],
+    again = StableDiffusion.load(tiny, "cpu").generate(prompt, negative, width, height, int(told["Steps"]), float(told["CFG scale"]), told["Sampler"],
                                                 int(told["Seed"]), spacing=told["Schedule type"])[0]
     assert (width, height) == (40, 32) and np.array_equal(np.asarray(again), np.asarray(picture))
 

@@ -30,8 +30,10 @@ from torch import nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import sampler
+import sd as sd_module
 from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
-from model import CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, attention_in_blocks, deep_kept, timestep_embedding
+from heatmaps import HeatMaps
+from model import CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, attention_in_blocks, deep_kept, timestep_embedding, watching
 from sampler import (ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target,
                      training_sigmas)
 from sd import PRESETS, Preset, StableDiffusion, UserError, converted
@@ -691,6 +693,35 @@ def test_bf16_is_as_near_to_fp32_as_in_diffusers():
     ours, others = np.median(errors, 0)
     print(f"bf16 and fp32 lie {ours:.4f} apart, in diffusers {others:.4f}")
     assert ours < 0.02 and ours < 1.1 * others
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_cuda
+def test_a_gpu_draws_what_the_cpu_draws():
+    cpu, gpu = StableDiffusion.load(None, "cpu", torch.float32), StableDiffusion.load(None, "cuda")
+    assert gpu.unet.out[2].weight.dtype == torch.float16
+    for prompt in "a red apple", "a penguin, twemoji", "a blue heart next to a red apple":
+        assert psnr(gpu.generate(prompt)[0], cpu.generate(prompt)[0]) > 50
+
+
+@on_cuda
+@pytest.mark.parametrize("how", [{}, {"batch": 3}, {"guidance": 1.0}, {"guided_share": 0.5}, {"sampler": "euler_a"}, {"width": 96}])
+def test_what_a_gpu_replays_is_what_it_would_compute(monkeypatch, how):
+    """Pictures and heat maps, to the last bit."""
+    sd, found = StableDiffusion.load(None, "cuda"), []
+    recorded, capture = [], torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **more: recorded.append(1) or capture(*args, **more))
+    for _ in range(2):
+        maps = HeatMaps()
+        with watching(sd.unet, maps.watch):
+            images = sd.generate("a blue heart next to a red apple", steps=6, callback=maps.step, **how)
+        images += sd.generate("a red apple", steps=6, **how)
+        found.append([*map(np.asarray, images), maps.mean().numpy()])
+        assert len(recorded) == (4 if "guided_share" in how else 2)
+        monkeypatch.setattr(sd_module, "replayed", lambda unet: unet)
+    assert all(np.array_equal(replayed, computed) for replayed, computed in zip(*found))
 
 
 def test_nan_is_an_error_and_not_a_black_picture():

@@ -228,7 +228,7 @@ def test_killed_and_stopped_anywhere_it_goes_on(grouped, shards, tmp_path):
 def test_gradient_equals_diffusers(grouped, five, tmp_path, prediction, gamma):
     """One step of the loss beside the same with diffusers' UNet and scheduler, min-SNR weights after Hang et al. 2023: loss and every gradient to 1e-5 of the largest."""
     diffusers = pytest.importorskip("diffusers")
-    sd = StableDiffusion.load(grouped, dtype=torch.float32)
+    sd = StableDiffusion.load(grouped, "cpu", torch.float32)
     sd.config.prediction = prediction
     s = train_module.Settings(data=[str(five)], train="unet", batch=4, caption_dropout=0.5, min_snr=gamma, tokens=77)
     loss_of = train_module.UNetLoss(s, sd)

@@ -77,7 +77,7 @@ class ControlNet(nn.Module):
 @contextmanager
 def controlled(unet: UNetModel, control: ControlNet, hint: Tensor, scale: float = 1.0) -> Iterator[None]:
     """Within, the UNet draws by the hint, whoever calls it: hooks ask the ControlNet first and add what it says on the way."""
-    found: list[Tensor] = []
+    found, hint = [], hint.to(unet.out[2].weight)
 
     def ask(unet, args, kwargs):
         found[:] = [scale * residual for residual in control(hint, *args, **kwargs)]
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> None:
     control = ControlNet(sd.unet) if args.controlnet is None else load(args.controlnet, sd)
     width, height, *_ = sd.settings(args.width, args.height, args.steps, args.guidance, None, None)
     image = ImageOps.fit(control_image, (width, height), Image.Resampling.LANCZOS)
-    hint = hints([outlines(image) if args.outlines else image]).to(sd.device)
+    hint = hints([outlines(image) if args.outlines else image])
     with controlled(sd.unet, control, hint, args.scale):
         images = sd.generate(args.prompt, args.negative, width, height, args.steps, args.guidance, seed=args.seed, batch=args.batch)
     for image, path in zip(images, paths):

@@ -102,8 +102,8 @@ def shape(size: tuple[int, ...]) -> str:
 
 def round_trip(sd: StableDiffusion, name: str, picture: Image.Image) -> list[Image.Image]:
     """Encode and decode by the mode and by a sample; the picture, its reconstruction, and two sketches of its latent."""
-    x, z = pixels([picture]), sd.encode_image([picture])
-    sample = sd.encode_image([picture], torch.randn(z.shape, generator=torch.Generator().manual_seed(0)))
+    x, z = pixels([picture]), sd.encode_image([picture]).cpu()
+    sample = sd.encode_image([picture], torch.randn(z.shape, generator=torch.Generator().manual_seed(0))).cpu()
     (back,), (other,) = sd.decode_latents(z), sd.decode_latents(sample)
     sketch = best_rgb(z, x)
     print(f"{name}, {shape(x.shape[1:])} -> {shape(z.shape[1:])}: PSNR {psnr(pixels([back]), x):.1f} dB by the mode, {psnr(pixels([other]), x):.1f} "
