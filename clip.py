@@ -10,6 +10,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,8 +108,7 @@ class Tokenizer:
 def load_bpe() -> BPETokenizer:
     """CLIP's byte-pair encoding: 256 bytes, the same ending a word, 48,894 merges, start and end make 49,408 ids."""
     with gzip.open(MERGES, "rt", encoding="utf-8") as f:
-        f.readline()  # the version
-        words = f.read().split()[:2 * (49152 - 256 - 2)]
+        words = "".join(islice(f, 1, 1 + 49152 - 256 - 2)).split()  # the first line is the version; of the rest CLIP uses a fifth
     merges = list(zip(words[::2], words[1::2]))
     # The order of the 256 byte characters is that of the printable Latin-1 ones, then the rest from U+0100 on.
     alphabet = [chr(c) for lo, hi in ((33, 126), (161, 172), (174, 255), (256, 323)) for c in range(lo, hi + 1)]

@@ -10,6 +10,8 @@ norms and the zero-initialised layers too, so that no path multiplies by zero or
 import gzip
 import math
 import random
+import subprocess
+import sys
 import unicodedata
 import warnings
 from collections import Counter
@@ -661,6 +663,24 @@ def test_weights_become_bf16_as_pytorch_converts_them(shape, source):
     assert found.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_that_was_claimed_is_what_tensors_then_get():
+    """Page faults of writing 64 MB for the first time: 16,384 pages."""
+    code = """if True:
+        import resource, torch
+        from contextlib import nullcontext
+        from sd import claimed
+        faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for context in nullcontext(), claimed(2**27):
+            with context:
+                pass
+            before, x = faults(), torch.empty(2**26, dtype=torch.uint8).fill_(1)
+            print(faults() - before)
+    """
+    first, then = map(int, subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.split())
+    assert first > 16000 and then < 1000
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.035), (torch.float16, 0.0035)])
 def test_half_precision_weights_work_on_the_cpu(dtype, bound):
     sd = random_model()
@@ -760,7 +780,9 @@ def test_attention_of_bf16_on_a_cpu_goes_in_blocks(monkeypatch):
     assert torch.equal(fused, F.scaled_dot_product_attention(q, k, v)) and relative_error(fused.double(), exact) < 0.01
 
 
-def test_linear_by_way_of_a_convolution():
+@pytest.mark.parametrize("amx", [False, True])
+def test_linear_by_way_of_a_convolution(monkeypatch, amx):
+    monkeypatch.setattr("model.AMX", amx)
     layer, x = Linear(24, 40), torch.randn(2, 5, 24, requires_grad=True)
     out, exact = layer(x), F.linear(x.double(), layer.weight.double(), layer.bias.double())
     assert out.is_contiguous() and relative_error(out.detach(), exact.detach().float()) < 1e-6
