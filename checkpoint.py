@@ -85,7 +85,7 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise UserError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
 
 
-def mapped(path: Path, at_a_time: int = 2**28) -> Callable[[str], Tensor]:
+def mapped(path: Path, at_a_time: int = 2**27) -> Callable[[str], Tensor]:
     """Reads tensors of a .safetensors. What has been read of a mapped file counts as memory in use, so it is mapped anew after so many bytes."""
     file, read = None, 0
 

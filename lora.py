@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sd import StableDiffusion
 
 PART = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|A|B)\.weight|\.(alpha))$")  # layer, which of its tensors
-BEGINNINGS = [(r"^lora_(?=unet_)|^base_model_model_", ""), (r"^lora_te1?_", "text_encoder_"), (r"^lora_te2_", "text_encoder_2_"),
+BEGINNINGS = [(r"^lora_(?=unet_)|^base_model_model_|^diffusion_model_", ""), (r"^lora_te1?_", "text_encoder_"), (r"^lora_te2_", "text_encoder_2_"),
               (r"^(?=(text_model_)?encoder_)", "text_encoder_"), (r"^(?!unet_|text_)", "unet_"), (r"^(text_encoder_(2_)?)(?=encoder_)", r"\1text_model_")]
 ADAPTED = re.compile(r"(unet_(down|mid|up)_|text_encoder_).*_(to_q|to_k|to_v|to_out_0|[qkv]_proj|out_proj)$")  # what `LoRA` trains: attention
 

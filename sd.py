@@ -573,7 +573,9 @@ def main() -> None:
     parser.add_argument("--film", metavar="GIF", help="also write how the picture came about: the model's guess of it at every step")
     parser.add_argument("--attn", metavar="DIR", help="also write, for each word, where in the picture it was looked for (a folder; made if need be)")
     parser.add_argument("--words", help="with --attn: these words of the prompt only, separated by commas")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}" if more[0].startswith("-") else f'a prompt of several words goes in quotes: "{args.prompt} {" ".join(more)}"')
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
     try:
         if args.source is not None:
@@ -758,7 +760,9 @@ def stored_settings(path: Path) -> dict[str, object]:
             option: read(json.loads(found[name]) if found[name].startswith('"') else found[name]) for name, (option, read) in STORED.items() if name in found}
     except FileNotFoundError as error:
         raise UserError(f"no such file: {path}") from error
-    except (OSError, KeyError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} holds no settings of a picture, as sd.py and A1111 write them into a PNG") from error
+    except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} holds no settings of a picture: {type(error).__name__}: {error}") from error
 
 

@@ -301,7 +301,7 @@ def test_a_long_prompt_changes_no_other_picture(tiny, tmp_path, capsys):
     (["--prompts", "FULL", "--film", "f.gif"], "--prompts does not go with film"),
     (["a cat", "--prompts", "FULL"], "--prompts does not go with prompt"),
     (["--from", "missing.png"], "no such file: missing.png"),
-    (["--from", "PLAIN"], "holds no settings of a picture"),
+    (["--from", "PLAIN"], "holds no settings of a picture, as sd.py"),
     (["--from", "HUGE"], "holds no settings of a picture: DecompressionBombError"),
     (["a cat", "--lora", ""], "no such file: "),
     (["a cat", "--lora", "missing.safetensors:0.5"], "no such file: missing.safetensors"),
@@ -494,6 +494,14 @@ def test_bad_checkpoints(tiny, tmp_path, capsys, monkeypatch):
 ])
 def test_bad_settings(tiny, tmp_path, capsys, args, words):
     assert words in refused(capsys, tmp_path / "o.png", "--ckpt", tiny, *args)
+
+
+def test_a_prompt_without_quotes(monkeypatch, capsys):
+    for words, said in (["a", "red", "apple"], 'in quotes: "a red apple"'), (["a cat", "--stepps", "3"], "unrecognized arguments: --stepps 3"):
+        monkeypatch.setattr(sys, "argv", ["sd.py", *words])
+        with pytest.raises(SystemExit) as end:
+            sd_module.main()
+        assert end.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_preset_is_of_a_file(tmp_path, capsys):

@@ -183,6 +183,9 @@ def test_official_names_lead_to_the_same_layers(tmp_path, name="sdxl"):
     state = {re.sub(r"^\w+", lambda match: renamed[match[0]], key): t for key, t in load_file(tmp_path / "a.safetensors").items()}
     assert "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_up.weight" in state
     save_file(state, tmp_path / "b.safetensors")
+    dotted = {f"lora_unet_{part.replace('.', '_')}": f"diffusion_model.{part}" for part, _ in sd.unet.named_modules()}  # as ComfyUI writes them
+    save_file({re.sub(r"^\w+", lambda match: dotted[match[0]], key): t for key, t in state.items() if "_te" not in key}, tmp_path / "c.safetensors")
+    assert open_lora(tmp_path / "c.safetensors").keys() == {layer for layer in open_lora(tmp_path / "b.safetensors") if layer.startswith("unet")}
     sd, _ = copies(name)
     before = ours(sd, **SETTINGS)[0]
     apply_lora(sd, tmp_path / "b.safetensors")

@@ -610,10 +610,12 @@ def test_train_wrongly_used(tiny, five, tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/x.png").write_bytes(b"no picture")
     (tmp_path / "broken/x.txt").write_text("x")
-    for args, words in ((["--data", tmp_path / "empty"], "no pictures"), (["--data", tmp_path / "nowhere"], "no pictures"), (["--data", tmp_path / "uncaptioned"], "red.png has no caption"),
+    for args, words in ((["--data", tmp_path / "nowhere"], "no such folder"), (["--data", five, "--prior", tmp_path / "nowhere"], "no such folder"),
+                        (["--data", tmp_path / "empty"], "no pictures"), (["--data", tmp_path / "uncaptioned"], "red.png has no caption"),
                         (["--data", tmp_path / "broken"], "x.png"), (["--data", five, "--init", "nowhere.safetensors"], "no such file"), (["--data", five, "--lr", "1e9"], "the loss is"),
                         (["--data", five, "--train", "gan"], "gan"), (["--data", five, "--batch", 0], "--batch"), (["--data", five, "--tokens", 99], "--tokens"), (["--data", five, "--pooled-dropout", 0.5], "--pooled-dropout"),
                         (["--data", five, "--init", "sd1"], "latent channels"), (["--data", five, "--out", __file__ + "/x"], "cannot write"),
                         (["--data", five, "--device", "toaster"], "toaster")):
         code, err, _ = command(train_module, capsys, "--init", tiny, "--steps", 30, "--log-every", 5, "--out", tmp_path / "out", "--sample-every", 0, *args)
         assert code == 2 and words in err and err.count("\n") == 1, (args, err)
+        assert words != "no such folder" or not (tmp_path / "out").exists()

@@ -428,6 +428,8 @@ def check(s: Settings) -> None:
         raise UserError(f"--train takes {', '.join(TRAINED)}, --amp takes bf16 or fp16; not {s.train!r} and {s.amp!r}")
     if len(set(map(is_shards, s.data))) > 1 or any(map(is_shards, s.prior)):
         raise UserError("--data takes folders or tar shards, not both; --prior takes folders")
+    if missing := [folder for folder in [*s.data, *s.prior] if not is_shards(folder) and not Path(folder).is_dir()]:
+        raise UserError(f"no such folder: {missing[0]}")
     networks = s.train in ("unet", "unet+text")
     only = {"fsdp": (networks and not s.lora and "RANK" in os.environ, "torchrun that trains the weights of a UNet"), "lora": (networks, "--train unet or unet+text"),
             "prior": (s.captioned, "training on captions"), "cache": (s.captioned and not any(map(is_shards, s.data)), "training on folders with captions"),
