@@ -136,9 +136,10 @@ def our_step(dtype: torch.dtype, device: str, deep_every: int | None = None) -> 
     keep.enter_context(words_kept(unet))
     if deep_every is not None:
         keep.enter_context(deep_kept(unet, deep_every))
-    network = replayed(unet) if device.startswith("cuda") and deep_every is None else unet  # as `generate` has it
+    replay = device.startswith("cuda") and deep_every is None  # as `generate` has it
+    network = keep.enter_context(replayed(unet)) if replay else unet
     denoise = guided(denoiser(network, "eps"), *({"context": half.to(dtype)} for half in told.split(1)), scale=7.5)
-    if network is not unet:
+    if replay:
         denoise(x, 7.0), denoise(x, 7.0)  # is recorded the second time
     return lambda: (keep, denoise(x, 7.0))  # keep is held: dropped, its contexts end
 

@@ -13,9 +13,11 @@ import argparse
 import ctypes
 import json
 import math
+import mmap
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -132,7 +134,8 @@ class StableDiffusion:
             told["prediction"] = prediction
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         config = preset_of(path, shapes, metadata, told, preset)
-        with torch.device("meta"), claimed(sum(shape.numel() for shape in shapes.values()) * dtype.itemsize) if device == "cpu" else nullcontext():
+        copied = device == "cpu" and dtype == torch.bfloat16  # which files are not in: they hold fp16 or fp32
+        with torch.device("meta"), claimed(sum(shape.numel() for shape in shapes.values()) * dtype.itemsize) if copied else nullcontext():
             sd = cls(cut(config) if folder else config)
         check_names_and_shapes(path, shapes, {name: tensor.shape for name, tensor in sd.state_dict(folder).items()})
         sd.metadata, sd.lowmem = metadata, lowmem
@@ -332,9 +335,10 @@ class StableDiffusion:
             concat = torch.cat([mask_latents.expand(batch, -1, -1, -1), left], dim=1)
             weighted = [(weight, told | {"concat": concat}) for weight, told in weighted]
 
-        with self.at_work(self.unet) as unet, words_kept(unet), nullcontext() if deep_every is None else deep_kept(unet, deep_every):
-            replay = self.device.type == "cuda" and not self.lowmem and deep_every is None
-            network = denoiser(replayed(unet) if replay else unet, self.config.prediction)
+        replay = self.device.type == "cuda" and not self.lowmem and deep_every is None
+        with (self.at_work(self.unet) as unet, words_kept(unet), nullcontext() if deep_every is None else deep_kept(unet, deep_every),
+              replayed(unet) if replay else nullcontext(unet) as called):
+            network = denoiser(called, self.config.prediction)
             denoise = mixed(network, weighted, one_by_one=self.lowmem)
             if guided_share is not None:
                 denoise = until(sigmas[round(guided_share * run)], denoise, mixed(network, [(1.0, weighted[-1][1])]))
@@ -512,17 +516,17 @@ def keep_freed_memory() -> None:
     """Have glibc keep what is freed: else it gives large blocks back and gets them anew at every layer, page by page, a tenth of a CPU's time."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)   # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc.mallopt(-4, 0)          # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @contextmanager
 def claimed(size: int) -> Iterator[None]:
     """Meanwhile two threads get so many bytes from the system, for glibc to give out afterwards. Page by page, each when it is first written to, this
-    takes as long as all else in loading a model (0.4 s for 2.1 GB) and both of a laptop's cores."""
+    takes as long as all else in loading a model (0.4 s for 2.1 GB) and both of a laptop's cores. In the main thread only, whose memory is one heap."""
     keep_freed_memory()
-    libc, page, piece = ctypes.CDLL(None) if sys.platform == "linux" else None, 2**12, 2**24
-    if not hasattr(libc, "mallopt"):
+    libc, page, piece = ctypes.CDLL(None) if sys.platform == "linux" else None, mmap.PAGESIZE, 2**24
+    if not hasattr(libc, "mallopt") or threading.current_thread() is not threading.main_thread():
         yield
         return
     libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -532,10 +536,10 @@ def claimed(size: int) -> Iterator[None]:
         with ThreadPoolExecutor(2) as pool:
             if block is not None:
                 for start in range(-(-block // page) * page, block + size - piece, piece):
-                    pool.submit(libc.madvise, start, piece, 23)  # MADV_POPULATE_WRITE; older kernels refuse, and nothing is lost
+                    pool.submit(libc.madvise, start, piece, 23)  # MADV_POPULATE_WRITE; Linux before 5.14 refuses, and loading takes as long as ever
             yield
     finally:
-        libc.free(block)
+        libc.free(block)  # what was made meanwhile lies above it on the heap, so that it is not given back
 
 
 # --- the command ---
@@ -575,7 +579,7 @@ def main() -> None:
     parser.add_argument("--words", help="with --attn: these words of the prompt only, separated by commas")
     args, more = parser.parse_known_args()
     if more:
-        parser.error(f"unrecognized arguments: {' '.join(more)}" if more[0].startswith("-") else f'a prompt of several words goes in quotes: "{args.prompt} {" ".join(more)}"')
+        parser.error(f"unrecognized arguments: {' '.join(more)}" if any(word.startswith("-") for word in more) else f'a prompt of several words goes in quotes: "{args.prompt} {" ".join(more)}"')
     warnings.showwarning = lambda message, *_: print(f"sd.py: {message}", file=sys.stderr)
     try:
         if args.source is not None:

@@ -176,7 +176,7 @@ def test_tiles_leave_no_seams():
 
 
 def test_keeping_keys_and_values_changes_nothing(tiny, monkeypatch):
-    sd = StableDiffusion.load(tiny)
+    sd = StableDiffusion.load(tiny, "cpu")
     kept = np.asarray(sd.generate("a cat", batch=2)[0])
     computed = []
     to_k = next(layer for name, layer in sd.unet.named_modules() if name.endswith("attn2.to_k"))
@@ -189,7 +189,7 @@ def test_keeping_keys_and_values_changes_nothing(tiny, monkeypatch):
 
 def test_deep_blocks_at_every_nth_step(tiny, tmp_path, capsys):
     """At every step: nothing changes; with guidance for a share of the steps, or in two passes, the blocks are computed when they must be."""
-    sd, computed = StableDiffusion.load(tiny), []
+    sd, computed = StableDiffusion.load(tiny, "cpu"), []
     sd.unet.middle_block[0].register_forward_hook(lambda *_: computed.append(1))
 
     def draw(**options):

@@ -77,7 +77,7 @@ class ControlNet(nn.Module):
 @contextmanager
 def controlled(unet: UNetModel, control: ControlNet, hint: Tensor, scale: float = 1.0) -> Iterator[None]:
     """Within, the UNet draws by the hint, whoever calls it: hooks ask the ControlNet first and add what it says on the way."""
-    found, hint = [], hint.to(unet.out[2].weight)
+    found, hint = [], hint.to(control.middle_block_out[0].weight)
 
     def ask(unet, args, kwargs):
         found[:] = [scale * residual for residual in control(hint, *args, **kwargs)]

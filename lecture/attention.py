@@ -88,11 +88,11 @@ def look(sd: StableDiffusion, prompt: str, **settings) -> tuple[Image.Image, Hea
 
     def watch(name: str, a: Tensor) -> None:
         maps.watch(name, a)
-        matrices[name] = a[-1].mean(0).cpu()  # guidance puts the prompt's half of the batch last
+        matrices[name] = a[-1].mean(0)  # guidance puts the prompt's half of the batch last
 
     with watching(sd.unet, watch):
         image = sd.generate(prompt, callback=maps.step, **settings)[0]
-    return image, maps, matrices
+    return image, maps, {name: a.cpu() for name, a in matrices.items()}
 
 
 def columns(sd: StableDiffusion, prompt: str, wanted: list[str] | None = None) -> dict[str, list[int]]:
