@@ -93,6 +93,22 @@ def test_first_command_of_the_readme(tmp_path):
     assert drawn[0] > drawn[1] + 50 and drawn[0] > drawn[2] + 50
 
 
+def test_threads_are_told_how_long_to_look_before_torch_comes():
+    code = """if True:
+        import os, sys
+        class Look:
+            def find_spec(self, name, *_):
+                if name == "torch":
+                    print(os.environ["GOMP_SPINCOUNT"], flush=True)
+                    os._exit(0)
+        sys.meta_path.insert(0, Look())
+        import sd
+    """
+    for given, wanted in ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"):
+        env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | given
+        assert subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True).stdout.strip() == wanted
+
+
 def test_png_holds_what_is_needed_to_make_it_again(tiny, tmp_path, capsys):
     code, _, _ = command(sd_module, capsys, "naïve 猫\nsecond line", "--negative", "grey", "--steps", 4, "--guidance", 0, "--seed", 7, "--width", 40,
                          "--sampler", "euler_a", "--spacing", "karras", "--batch", 2, "--ckpt", tiny, "--device", "cpu", "--out", tmp_path / "p.png")

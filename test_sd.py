@@ -37,12 +37,13 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import sampler
 import sd as sd_module
+from checkpoint import converted
 from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
 from heatmaps import HeatMaps
 from model import CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, attention_in_blocks, deep_kept, replayed, timestep_embedding, watching
 from sampler import (ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target,
                      training_sigmas)
-from sd import PRESETS, Preset, StableDiffusion, UserError, converted
+from sd import PRESETS, Preset, StableDiffusion, UserError
 from vae import AutoencoderKL, Downsample, VAEConfig, kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
@@ -673,7 +674,7 @@ def test_memory_that_was_claimed_is_what_tensors_then_get():
     code = """if True:
         import resource, torch
         from contextlib import nullcontext
-        from sd import claimed
+        from checkpoint import claimed
         faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for context in nullcontext(), claimed(2**27):
             with context:
