@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import (UserError, check_names_and_shapes, check_new, claimed, collector_off, converted, cut, diffusers_name, find, folder_files,
-                        keep_freed_memory, make_folder, open_checkpoint, open_folder, save_folder, save_tensors, whole)
+                        give_back_freed_memory, keep_freed_memory, make_folder, open_checkpoint, open_folder, save_folder, save_tensors, whole)
 from clip import CLIPTextConfig, CLIPTextModel, Tokenizer, emphasised, load_bpe
 from heatmaps import HeatMaps, chosen_words, overlay
 from lora import add_embedding, apply_lora
@@ -350,6 +350,7 @@ class StableDiffusion:
                     raise UserError(f"NaN at step {step.index + 1}, try --dtype fp32")
                 if callback is not None:
                     callback(step)
+        give_back_freed_memory()
         images = self.decode_latents(step.x / (sigmas[-1] ** 2 + 1) ** 0.5)  # variance preserving again: ddim ends above 0
         return images if mask is None else [Image.composite(image, init, mask) for image in images]  # what was not masked stays as it was, exactly
 

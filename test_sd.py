@@ -686,6 +686,24 @@ def test_memory_that_was_claimed_is_what_tensors_then_get():
     assert then < first / 10
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_is_kept_until_it_is_given_back():
+    code = """if True:
+        import torch
+        from checkpoint import give_back_freed_memory, keep_freed_memory
+        resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+        keep_freed_memory()
+        tensors = [torch.empty(2**20, dtype=torch.uint8).fill_(1) for _ in range(200)]
+        full = resident()
+        del tensors[::2]
+        kept = resident()
+        give_back_freed_memory()
+        print(full - kept, full - resident())
+    """
+    kept, given = map(int, subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.split())
+    assert kept < 10 and given > 90
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.035), (torch.float16, 0.0035)])
 def test_half_precision_weights_work_on_the_cpu(dtype, bound):
     sd = random_model()
