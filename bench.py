@@ -33,7 +33,7 @@ from sampler import denoiser, guided, q_sample, target
 from sd import DTYPES, PRESETS, StableDiffusion, best_device_and_dtype
 
 HERE = Path(__file__).parent
-GFLOP = 2 * 803  # of a guided step at 512x512: two samples through the UNet (lecture/unet.py counts them)
+GFLOP = 2 * 803  # of a guided step at 512x512 as written: two samples through the UNet (lecture/unet.py counts them), whatever is then saved
 PROMPT = "a photograph of an astronaut riding a horse"
 
 

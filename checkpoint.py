@@ -28,8 +28,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import AMX
-
 
 class Stored(NamedTuple):
     """A tensor in a file."""
@@ -123,10 +121,9 @@ def check_names_and_shapes(path: Path, found: dict[str, torch.Size], wanted: dic
 
 # --- into memory, and fast ---
 
-def converted(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-    """As `Tensor.to`, laid out as it is computed with: convolutions like channels last, and positions become tokens without a copy. (But not those in
-    fp32 on an Intel Xeon with AMX: channels last a guided step of SD 1.x at 512x512 takes 4.85 s there, else 4.65.)"""
-    layout = torch.channels_last if tensor.ndim == 4 and not (AMX and device == "cpu" and dtype == torch.float32) else torch.preserve_format
+def converted(tensor: Tensor, device: str, dtype: torch.dtype, channels_last: bool = True) -> Tensor:
+    """As `Tensor.to`, laid out as it is computed with: most convolutions like channels last, and positions become tokens without a copy."""
+    layout = torch.channels_last if tensor.ndim == 4 and channels_last else torch.contiguous_format
     if device != "cpu" or dtype != torch.bfloat16 or tensor.dtype == dtype:
         return tensor.to(device, dtype, memory_format=layout)
     # PyTorch writes bf16 one number at a time, unless from fp32 in the same layout: to go there first, and to change the layout of bf16, half as large,

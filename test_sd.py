@@ -261,7 +261,7 @@ def test_vae_equals_diffusers(name):
     vae = randomise(on_meta(AutoencoderKL, PRESETS[name].vae))
     reference = reference_vae(vae.cfg, {"first_stage_model." + k: v for k, v in vae.state_dict().items()})
     assert epsilons(vae) == epsilons(reference)
-    x = torch.rand(1, 3, 64, 80) * 2 - 1  # the decoder's last doubling, of 32x40, is large enough for `upsample` to go the other way
+    x = torch.rand(1, 3, 64, 80) * 2 - 1  # so that the decoder's last doubling, of 32x40, is by a transposed convolution
     wanted = reference.encode(x).latent_dist
     mean, logvar = vae.moments(x)
     assert relative_error(mean, wanted.mean) < 1e-5 and relative_error(logvar, wanted.logvar) < 1e-5
@@ -860,26 +860,42 @@ def test_linear_by_way_of_a_convolution(monkeypatch, amx):
         assert relative_error(mine, theirs.float()) < 1e-6
 
 
-@pytest.mark.parametrize("size, transposed", [((64, 72), True), ((64, 71), False), ((48, 72), False)], ids=str)
+@pytest.mark.parametrize("size, transposed", [((64, 64), True), ((66, 62), False), ((64, 71), False)], ids=str)
 def test_doubling_by_way_of_a_transposed_convolution(monkeypatch, size, transposed):
-    """Where the size doubles exactly and there are 1,024 positions or more; elsewhere as it is written."""
+    """From 1,024 positions on, where the size doubles exactly; elsewhere as it is written."""
     seen, convolution = [], F.conv_transpose2d
     monkeypatch.setattr(F, "conv_transpose2d", lambda *args, **kw: seen.append(1) or convolution(*args, **kw))
     conv, x = nn.Conv2d(3, 3, 3, padding=1).double(), torch.randn(2, 3, (size[0] + 1) // 2, (size[1] + 1) // 2, dtype=torch.float64, requires_grad=True)
     out, exact = upsample(x, conv, torch.Size(size)), conv(F.interpolate(x, size=size, mode="nearest"))
-    assert len(seen) == transposed and relative_error(out.detach(), exact.detach()) < 1e-12
+    assert len(seen) == transposed
+    assert relative_error(out.detach(), exact.detach()) < 1e-12
     for mine, theirs in zip(*(torch.autograd.grad(y.square().sum(), (x, *conv.parameters())) for y in (out, exact))):
         assert relative_error(mine, theirs) < 1e-12
+    conv.requires_grad_(False)
+    for dtype, bound in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+        assert relative_error(upsample(x.detach().to(dtype), conv.to(dtype), torch.Size(size)).double(), exact.detach()) < bound
 
 
 @pytest.mark.parametrize("amx", [False, True])
-def test_convolutions_lie_channels_last_but_in_fp32_with_amx(monkeypatch, amx):
-    monkeypatch.setattr("checkpoint.AMX", amx)
-    tensor = torch.randn(8, 6, 3, 3)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        found = converted(tensor, "cpu", dtype)
-        assert torch.equal(found, tensor.to(dtype))
-        assert found.is_contiguous() == (amx and dtype == torch.float32) != found.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device, lowmem", [("cpu", False), ("cpu", True), ("meta", False), ("meta", True)])
+def test_convolutions_lie_channels_last_but_the_unets_in_fp32_with_amx(monkeypatch, amx, dtype, device, lowmem):
+    """Whatever they were before, and with lowmem too, where `device` (here one that is no CPU) is not where they are kept."""
+    monkeypatch.setattr("sd.AMX", amx)
+    sd = random_model()
+    sd.unet.to(memory_format=torch.channels_last)
+    sd.lowmem = lowmem
+    sd.place(device, dtype)
+    for part, plain in ((sd.unet, amx and device == "cpu" and dtype == torch.float32), (sd.vae, False)):
+        weight = next(weight for weight in part.parameters() if weight.shape[2:] == (3, 3) and weight.shape[1] > 1)
+        assert weight.is_contiguous() == plain
+        assert weight.is_contiguous(memory_format=torch.channels_last) != plain
+
+
+@pytest.mark.parametrize("tokens", [2047, 2048])
+def test_attention_of_many_tokens_equals_the_open_one(tokens):
+    q, k, v = (torch.randn(1, tokens, 2 * 8).unflatten(-1, (2, 8)).transpose(1, 2) for _ in range(3))
+    assert relative_error(attention(q, k, v), attention(q, k, v, return_weights=True)[0]) < 1e-5
 
 
 def test_attention_is_a_dictionary():

@@ -372,8 +372,8 @@ import os, sys
 from pathlib import Path
 from data import Shards
 
-def memory(pid):
-    kb = sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line.startswith("Private"))
+def memory(pid):  # not the clean pages: those of libraries count as private once the other processes have ended
+    kb = sum(int(line.split()[1]) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line.startswith("Private_Dirty"))
     return kb / 1024 + sum(map(memory, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 url, rank, n = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
