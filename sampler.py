@@ -1,13 +1,15 @@
-"""Noise and its removal: the forward process, what the network predicts, guidance, and the samplers.
+"""Noise and its removal: the noise schedule, what the network predicts, guidance, the samplers.
 
-Forward (Ho et al. 2020, equation 4), in two pictures of the same thing:
-    variance preserving  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps       what the UNet is fed
-    variance exploding   x   = x_0 + sigma eps,  sigma = sqrt((1 - abar)/abar)   = x_t / sqrt(abar); what samplers work in
-In the second, the reverse process is dx/dsigma = (x - D(x, sigma)) / sigma, where D, `denoise`, is the best guess of x_0
-(Song et al. 2021; Karras et al. 2022, equation 3; the score is (D - x) / sigma^2). Every sampler below is a generator over a list of
-sigmas, in fp32: it yields after each step, and whoever runs it may look, draw or stop.
+Noise is added in two ways that are the same up to a factor (Ho et al. 2020, equation 4):
+    variance preserving  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps     the UNet's input
+    variance exploding   x   = x_0 + sigma eps                             the samplers' x
+with sigma = sqrt((1 - abar) / abar) and x_t = x / sqrt(sigma^2 + 1).
+The way back is dx/dsigma = (x - D(x, sigma)) / sigma, where D, called `denoise` here, is the best
+guess of x_0 (Karras et al. 2022, equation 3; the score is (D - x) / sigma^2). A sampler is a
+generator over a list of sigmas, in fp32. It yields after each step, and the caller may look at the
+step, draw it, or stop.
 
-Shapes: x, noise, denoised (B, C, H, W) latents; sigma a float; sigmas a list falling from noise to (almost) none.
+Shapes: x, noise, denoised (B, C, H, W) latents; sigma a float; sigmas a list that falls.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -18,111 +20,127 @@ import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]  # (x, sigma) -> the guess of x_0
+Noise = Callable[[], Tensor]                 # () -> standard normal noise, shaped like x
+Cond = dict[str, Tensor]                     # what the UNet is given beside x and t, by name
 NUM_TIMESTEPS = 1000                         # training times 0...999
 
 
-def make_alphas_cumprod(beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
-    """abar_t (1000,): the share of signal power left at each time; beta is linear in its square root. Computed in fp64."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0)
+def make_sigmas(beta_start: float = 0.00085, beta_end: float = 0.012,
+                beta_schedule: str = "scaled_linear") -> Tensor:
+    """The noise levels (1000,) of times 0...999, in fp64. Stable Diffusion: 0.02917 ... 14.6146.
 
-
-ALPHAS_CUMPROD = make_alphas_cumprod()                               # 0.99915 ... 0.00466
-SIGMAS = ((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD).sqrt()              # 0.02917 ... 14.6146
-
-
-def zero_snr(sigma: Tensor) -> Tensor:
-    """Levels in the place of those of SIGMAS, so that the last is pure noise: sqrt(abar) shifted to end at 0 and scaled to begin as before.
-    Lin et al. 2024, section 3.1; not quite 0, so that sigma, 4518 then, is finite."""
-    root, (first, last) = (sigma**2 + 1) ** -0.5, ALPHAS_CUMPROD[[0, -1]].sqrt()
-    abar = ((root - last) * first / (first - last)).square().clamp(min=4.8973451890853435e-08)  # the number in common use
-    return (1 / abar - 1).sqrt()
-
-
-def training_sigmas(prediction: str) -> Tensor:
-    """The noise levels (1000,) that networks of this row of PREDICTIONS saw at times 0...999, in fp64."""
-    return NOISE_LEVELS[prediction](SIGMAS)
-
-
-def q_sample(x0: Tensor, t: Tensor, noise: Tensor, prediction: str = "eps") -> Tensor:
-    """Latents x0 (B, C, H, W) noised to times t (B,), variance preserving. Ho et al. 2020, equation 4."""
-    abar = (1 / (training_sigmas(prediction) ** 2 + 1)).to(x0.dtype).to(x0.device)[t][:, None, None, None]
-    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-
-
-def sigma_to_t(sigma: float, prediction: str = "eps") -> float:
-    """The time at which the noise level is sigma: linear in log sigma between the training times, 0...999."""
-    log_sigmas = training_sigmas(prediction).log()
-    log_sigma = torch.tensor(sigma, dtype=torch.float64).log()
-    low = int((torch.searchsorted(log_sigmas, log_sigma, right=True) - 1).clamp(0, NUM_TIMESTEPS - 2))
-    t = low + (log_sigma - log_sigmas[low]) / (log_sigmas[low + 1] - log_sigmas[low])
-    return float(t.clamp(0, NUM_TIMESTEPS - 1))
-
-
-# --- what the network predicts: denoised = c_skip x + c_out net(x / sqrt(sigma^2 + 1), t). Karras et al. 2022, equation 7 ---
-
-PREDICTIONS = {  # sigma -> (c_skip, c_out), for floats and tensors
-    "eps": lambda sigma: (1.0, -sigma),                                              # the noise
-    "v": lambda sigma: (1 / (sigma**2 + 1), -sigma / (sigma**2 + 1) ** 0.5),         # Salimans & Ho 2022, appendix D
-}
-PREDICTIONS["v-zero-snr"] = PREDICTIONS["v"]
-NOISE_LEVELS = {"eps": lambda sigma: sigma, "v": lambda sigma: sigma, "v-zero-snr": zero_snr}  # levels among SIGMAS -> those in their place
-
-
-def target(prediction: str, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """What the network should answer for q_sample(x0, t, noise): the same two coefficients, solved for the net."""
-    sigma = training_sigmas(prediction).to(x0.dtype).to(x0.device)[t][:, None, None, None]  # Apple GPUs hold no fp64
-    c_skip, c_out = PREDICTIONS[prediction](sigma)
-    return (x0 - c_skip * (x0 + sigma * noise)) / c_out
-
-
-def denoiser(net: Callable[..., Tensor], prediction: str) -> Callable[..., Tensor]:
-    """The network net(x, t, ...) as denoise(x, sigma, ...). `concat` (B, C', H, W) are further input channels, such as a mask.
-
-    What the network is given may be one x, or one time, B times without a copy: not to be written into.
+    "linear": beta grows linearly (Ho et al. 2020). "scaled_linear": its square root does.
     """
-    def denoise(x: Tensor, sigma: float, concat: Tensor | None = None, **condition: Tensor) -> Tensor:
-        c_skip, c_out = PREDICTIONS[prediction](sigma)
-        t = torch.full((1,), sigma_to_t(sigma, prediction), device=x.device).expand(len(x))
-        one_or_all = x[:1] if x.stride(0) == 0 else x
-        scaled = (one_or_all / (sigma**2 + 1) ** 0.5).expand(x.shape)
+    power = {"linear": 1, "scaled_linear": 2}[beta_schedule]
+    start, end = beta_start ** (1 / power), beta_end ** (1 / power)
+    roots = torch.linspace(start, end, NUM_TIMESTEPS, dtype=torch.float64, device="cpu")
+    betas = roots**power
+    abar = torch.cumprod(1 - betas, dim=0)
+    return ((1 - abar) / abar).sqrt()
+
+
+SIGMAS = make_sigmas()
+
+
+# --- what the network predicts: denoised = c_skip x + c_out net(c_in x, t), Karras et al. 2022 ---
+
+class Prediction(NamedTuple):
+    """A prediction type (Karras et al. 2022, equation 7). The c's take a float or a tensor."""
+    c_in: Callable
+    c_skip: Callable
+    c_out: Callable
+    # moves noise levels, chosen from the schedule `base`, to where this type has them
+    levels: Callable[[Tensor, Tensor], Tensor] = lambda sigmas, base: sigmas
+
+
+def vp_scale(sigma):
+    """The factor from variance exploding to variance preserving: sqrt(abar)."""
+    return (sigma**2 + 1) ** -0.5
+
+
+def zero_snr(sigmas: Tensor, base: Tensor) -> Tensor:
+    """Levels moved so that the last is pure noise. Lin et al. 2024, section 3.1.
+
+    sqrt(abar) is shifted to end at 0 and scaled to begin as before. The end is not quite 0, so
+    that sigma stays finite there (4518). The limit is the one in common use.
+    """
+    first, last = vp_scale(base[0]), vp_scale(base[-1])
+    abar = ((vp_scale(sigmas) - last) * first / (first - last)) ** 2
+    return (1 / abar.clamp(min=4.8973451890853435e-08) - 1).sqrt()
+
+
+EPS = Prediction(  # the noise
+    c_in=vp_scale, c_skip=lambda sigma: 1.0, c_out=lambda sigma: -sigma)
+V = Prediction(    # the velocity: Salimans & Ho 2022, appendix D
+    c_in=vp_scale,
+    c_skip=lambda sigma: vp_scale(sigma) ** 2, c_out=lambda sigma: -sigma * vp_scale(sigma))
+
+PREDICTIONS = {"eps": EPS, "v": V, "v-zero-snr": V._replace(levels=zero_snr)}
+
+
+class NoiseSchedule:
+    """The noise levels (1000,) a network was trained at, and what it predicts there."""
+
+    def __init__(self, prediction_type: str = "eps", base: Tensor = SIGMAS):
+        self.prediction, self.base = PREDICTIONS[prediction_type], base
+        self.sigmas = self.prediction.levels(base, base)
+
+    def sigma_to_t(self, sigma: float) -> float:
+        """The time of a noise level: linear in log sigma between the times 0...999."""
+        logs = self.sigmas.log()
+        log_sigma = torch.tensor(sigma, dtype=torch.float64).log()
+        low = int(torch.searchsorted(logs, log_sigma, right=True)) - 1
+        low = min(max(low, 0), NUM_TIMESTEPS - 2)
+        t = low + (log_sigma - logs[low]) / (logs[low + 1] - logs[low])
+        return float(t.clamp(0, NUM_TIMESTEPS - 1))
+
+    def sigma_at(self, t: Tensor, like: Tensor) -> Tensor:
+        """The levels of the times t (B,), as (B, 1, 1, 1) beside latents."""
+        return self.sigmas.to(like.dtype).to(like.device)[t][:, None, None, None]
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t: latents x0 (B, C, H, W) with noise of the times t (B,). Ho et al., equation 4."""
+        sigma = self.sigma_at(t, x0)
+        return self.prediction.c_in(sigma) * (x0 + sigma * noise)
+
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network should answer for q_sample(x0, t, noise): equation 7, solved for it."""
+        sigma = self.sigma_at(t, x0)
+        c_skip, c_out = self.prediction.c_skip(sigma), self.prediction.c_out(sigma)
+        return (x0 - c_skip * (x0 + sigma * noise)) / c_out
+
+
+def make_denoiser(net: Callable[..., Tensor], schedule: NoiseSchedule) -> Callable[..., Tensor]:
+    """Turn the network net(x_t, t, **cond) into denoise(x, sigma, **cond) -> the guess of x_0.
+
+    `concat` (B, C', H, W) in cond: further input channels, such as a mask.
+    """
+    def denoise(x: Tensor, sigma: float, concat: Tensor | None = None, **cond: Tensor) -> Tensor:
+        row = schedule.prediction
+        t = torch.full((len(x),), schedule.sigma_to_t(sigma), device=x.device)
+        x_t = row.c_in(sigma) * x
         if concat is not None:
-            scaled = torch.cat([scaled, concat], dim=1)
-        return c_skip * x + c_out * net(scaled, t, **condition).float()
+            x_t = torch.cat([x_t, concat], dim=1)
+        return row.c_skip(sigma) * x + row.c_out(sigma) * net(x_t, t, **cond).float()
     return denoise
 
 
-def guided(denoise: Callable[..., Tensor], condition: dict[str, Tensor], negative: dict[str, Tensor], scale: float,
-           two_passes: bool = False) -> Denoise:
-    """Classifier-free guidance, Ho & Salimans 2022: negative + scale (condition - negative). Scale 1 needs one of them only."""
-    return mixed(denoise, [(1 - scale, negative), (scale, condition)], two_passes)
+# --- guidance ---
 
+def cfg(denoise: Callable[..., Tensor], cond: Cond, uncond: Cond, scale: float) -> Denoise:
+    """Classifier-free guidance, Ho & Salimans 2022: uncond + scale (cond - uncond).
 
-def mixed(denoise: Callable[..., Tensor], weighted: list[tuple[float, dict[str, Tensor]]], one_by_one: bool = False) -> Denoise:
-    """The weighted sum of what the network guesses under several conditions; those of weight 0 are left out.
-
-    All go through it as one batch, or `one_by_one`, in less memory.
+    `cond` and `uncond` are the prompt's and the negative prompt's, B rows each. Both go through
+    the network as one batch, uncond first. At scale 1 only cond counts, and only it is computed.
     """
-    weights, conditions = zip(*((weight, condition) for weight, condition in weighted if weight != 0))
-    if one_by_one or len(weights) == 1:
-        return lambda x, sigma: sum(weight * denoise(x, sigma, **condition) for weight, condition in zip(weights, conditions))
-    batch = {name: torch.cat([condition[name] for condition in conditions]) for name in conditions[0]}
+    if scale == 1:
+        return lambda x, sigma: denoise(x, sigma, **cond)
+    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
 
-    def mixed_denoise(x: Tensor, sigma: float) -> Tensor:
-        every = x.expand(len(weights), *x.shape[1:]) if len(x) == 1 else torch.cat([x] * len(weights))  # without a copy: UNetModel makes use of it
-        guesses = denoise(every, sigma, **batch).chunk(len(weights))
-        return sum(weight * guess for weight, guess in zip(weights, guesses, strict=True))
-    return mixed_denoise
-
-
-def inpainted(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
-    """Only where mask (B, 1, H, W) is 1 is the guess the network's; elsewhere it is known (B, C, H, W), to which every sampler then goes straight."""
-    return lambda x, sigma: torch.lerp(known, denoise(x, sigma), mask)
-
-
-def until(turn: float, early: Denoise, late: Denoise) -> Denoise:
-    """`early` at noise levels above `turn`, from there on `late`."""
-    return lambda x, sigma: early(x, sigma) if sigma > turn else late(x, sigma)
+    def guided(x: Tensor, sigma: float) -> Tensor:
+        negative, positive = denoise(torch.cat([x, x]), sigma, **both).chunk(2)
+        return negative + scale * (positive - negative)
+    return guided
 
 
 # --- the samplers ---
@@ -130,14 +148,16 @@ def until(turn: float, early: Denoise, late: Denoise) -> Denoise:
 class Step(NamedTuple):
     index: int        # 0, 1, ...
     x: Tensor         # after the step
-    denoised: Tensor  # the guess of x_0 the step was made with
+    denoised: Tensor  # the guess of x_0 that the step used
 
 
-def sample_ancestral(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor], eta: float = 0.0) -> Iterator[Step]:
-    """Step towards the guess, then put some noise back: DDPM, DDIM, Euler and Euler-ancestral in one.
+def sample_euler(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise,
+                 eta: float = 0.0) -> Iterator[Step]:
+    """Step towards the guess, then add some noise: DDPM, DDIM, Euler and Euler-ancestral.
 
-    `eta` is the share of the posterior's noise put back (DDIM, Song et al. 2021, equations 12 and 16): at 0 this is an
-    Euler step of the probability-flow ODE and equals DDIM; at 1 it is Euler-ancestral and equals the DDPM posterior.
+    `eta` is the share of the posterior's noise that is added (Song et al. 2021, DDIM, equations 12
+    and 16). 0 is an Euler step of the probability-flow ODE, which is DDIM. 1 is Euler-ancestral,
+    which is the DDPM posterior.
     """
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         denoised = denoise(x, sigma)
@@ -145,88 +165,112 @@ def sample_ancestral(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Cal
         sigma_down = (sigma_next**2 - sigma_up**2) ** 0.5
         x = denoised + sigma_down * (x - denoised) / sigma
         if sigma_up > 0:
-            x = x + sigma_up * draw()
+            x = x + sigma_up * noise()
         yield Step(i, x, denoised)
 
 
-def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Iterator[Step]:
-    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: the guess is extrapolated from the last two, in log sigma. Draws no noise."""
+def sample_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float],
+                    noise: Noise) -> Iterator[Step]:
+    """DPM-Solver++(2M), Lu et al. 2022b, algorithm 2: extrapolate the last two guesses."""
     old, h_old = None, 0.0
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         denoised = denoise(x, sigma)
-        if sigma_next == 0:  # infinitely far in log sigma: first order
+        if sigma_next == 0:  # log sigma ends here, and with it the extrapolation
             x = denoised
         else:
             h = math.log(sigma / sigma_next)
-            guess = denoised if old is None else denoised + (denoised - old) * h / (2 * h_old)
+            guess = denoised
+            if old is not None:
+                guess = denoised + (denoised - old) * h / (2 * h_old)
             x = (sigma_next / sigma) * x - math.expm1(-h) * guess
             old, h_old = denoised, h
         yield Step(i, x, denoised)
 
 
-def sample_lcm(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Iterator[Step]:
-    """Guess, noise the guess anew, guess again. Luo et al. 2023, algorithm 3; their c_skip is below 1e-5 at the 50 times of `lcm`."""
+def sample_lcm(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Step]:
+    """Guess, add noise to the guess, guess again. Luo et al. 2023, algorithm 3.
+
+    Their c_skip is left out: it is below 1e-5 at the 50 times of `lcm`.
+    """
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
         denoised = denoise(x, sigma)
-        x = denoised + sigma_next * draw() if sigma_next > 0 else denoised
+        x = denoised
+        if sigma_next > 0:
+            x = denoised + sigma_next * noise()
         yield Step(i, x, denoised)
 
 
-class Sampler(NamedTuple):
-    sample: Callable[..., Iterator[Step]]
-    spacing: str             # its usual one, a name in SPACINGS
-    last: float = 0.0        # the sigma it ends at
+def noise_sampler(shape: tuple[int, ...], seeds: list[int], device: torch.device | str) -> Noise:
+    """Noise (B, *shape), row i from seeds[i]. The CPU draws it, so every device gets the same."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
 
 
-SAMPLERS = {
-    "ddim": Sampler(sample_ancestral, "leading", last=float(SIGMAS[0])),  # as released: set_alpha_to_one=False
-    "ddpm": Sampler(partial(sample_ancestral, eta=1.0), "leading"),
-    "euler": Sampler(sample_ancestral, "linspace"),
-    "euler_a": Sampler(partial(sample_ancestral, eta=1.0), "linspace"),
-    "dpmpp_2m": Sampler(sample_dpmpp_2m, "trailing"),
-    "lcm": Sampler(sample_lcm, "lcm"),
-}
+# --- the noise levels of a run. Names: Lin et al. 2024, table 2; diffusers' timestep_spacing ---
 
-
-# --- which sigmas: n of them, falling. The names are those of Lin et al. 2024, table 2, and diffusers' `timestep_spacing` ---
-
-def leading(n: int) -> list[float]:
+def leading(n: int, sigmas: Tensor) -> list[float]:
     """Times (n-1)c + 1, ..., c + 1, 1 with c = 1000 // n."""
     c = NUM_TIMESTEPS // n
-    offset = min(1, NUM_TIMESTEPS - 1 - (n - 1) * c)  # 1, but 0 for n = 1000
-    return [float(SIGMAS[i * c + offset]) for i in reversed(range(n))]
+    offset = min(1, NUM_TIMESTEPS - 1 - (n - 1) * c)  # 0 for n = 1000, which has no room for 1
+    return [float(sigmas[i * c + offset]) for i in reversed(range(n))]
 
 
-def linspace(n: int) -> list[float]:
-    """n times evenly from 999 to 0 (fractions interpolate sigma)."""
+def linspace(n: int, sigmas: Tensor) -> list[float]:
+    """n times evenly from 999 to 0. Between two times sigma is interpolated."""
     times = torch.linspace(NUM_TIMESTEPS - 1, 0, n, dtype=torch.float64)
     low = times.long().clamp(max=NUM_TIMESTEPS - 2)
-    return torch.lerp(SIGMAS[low], SIGMAS[low + 1], times - low).tolist()
+    return torch.lerp(sigmas[low], sigmas[low + 1], times - low).tolist()
 
 
-def trailing(n: int) -> list[float]:
-    """Times 999, 999 - 1000/n, ..., rounded: the first is always pure noise."""
-    return [float(SIGMAS[round(NUM_TIMESTEPS - i * NUM_TIMESTEPS / n) - 1]) for i in range(n)]
+def trailing(n: int, sigmas: Tensor) -> list[float]:
+    """Times 999, 999 - 1000/n, ..., rounded. The first is always the noisiest."""
+    times = [round(NUM_TIMESTEPS - i * NUM_TIMESTEPS / n) - 1 for i in range(n)]
+    return [float(sigmas[t]) for t in times]
 
 
-def karras(n: int, rho: float = 7.0) -> list[float]:
-    """Karras et al. 2022, equation 5, from the schedule's largest sigma to its smallest."""
-    high, low = float(SIGMAS[-1]) ** (1 / rho), float(SIGMAS[0]) ** (1 / rho)
+def karras(n: int, sigmas: Tensor, rho: float = 7.0) -> list[float]:
+    """From the largest sigma to the smallest. Karras et al. 2022, equation 5."""
+    high, low = float(sigmas[-1]) ** (1 / rho), float(sigmas[0]) ** (1 / rho)
     return [(high + i / max(n - 1, 1) * (low - high)) ** rho for i in range(n)]
 
 
-def lcm(n: int) -> list[float]:
-    """n of the 50 times 999, 979, ..., 19 that latent consistency models were distilled at, evenly from the top (trailing, if n > 50)."""
-    return [float(SIGMAS[(50 - i * 50 // n) * NUM_TIMESTEPS // 50 - 1]) for i in range(n)] if n <= 50 else trailing(n)
+def lcm(n: int, sigmas: Tensor) -> list[float]:
+    """n of the 50 times 999, 979, ..., 19 of latent consistency models, from the top."""
+    if n > 50:
+        return trailing(n, sigmas)
+    times = [(50 - i * 50 // n) * NUM_TIMESTEPS // 50 - 1 for i in range(n)]
+    return [float(sigmas[t]) for t in times]
 
 
 SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras, lcm)}
 
 
-def schedule(sampler: str, steps: int, spacing: str | None = None, prediction: str = "eps") -> list[float]:
-    """The noise levels of a run: `steps` of them, by the spacing (None: the sampler's own), then the one it ends at. With zero terminal SNR
-    the spacing's levels are mapped one by one, those of karras too, which then no longer are evenly spaced in sigma^(1/7)."""
-    _, usual, last = SAMPLERS[sampler]
-    spaced = SPACINGS[usual if spacing is None else spacing](steps)
-    sigmas = NOISE_LEVELS[prediction](torch.tensor(spaced, dtype=torch.float64)).tolist()
-    return sigmas + [last if last < 0.999 * sigmas[-1] else 0.0]  # a spacing may already go down to `last`
+class Sampler(NamedTuple):
+    sample: Callable[..., Iterator[Step]]
+    timestep_spacing: str       # its usual one, a name in SPACINGS
+    final_sigma: float = 0.0    # where it ends
+
+
+SAMPLERS = {
+    # DDIM was released with set_alpha_to_one=False: it ends at the first training level
+    "ddim": Sampler(sample_euler, "leading", final_sigma=float(SIGMAS[0])),
+    "ddpm": Sampler(partial(sample_euler, eta=1.0), "leading"),
+    "euler": Sampler(sample_euler, "linspace"),
+    "euler_a": Sampler(partial(sample_euler, eta=1.0), "linspace"),
+    "dpmpp_2m": Sampler(sample_dpmpp_2m, "trailing"),
+    "lcm": Sampler(sample_lcm, "lcm"),
+}
+
+
+def get_sigmas(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule(),
+               timestep_spacing: str | None = None) -> list[float]:
+    """The steps + 1 noise levels of a run, falling. None: the sampler's own spacing.
+
+    The levels are chosen on the base schedule; `levels` then moves each (zero terminal SNR).
+    """
+    row = SAMPLERS[sampler]
+    spacing = SPACINGS[row.timestep_spacing if timestep_spacing is None else timestep_spacing]
+    chosen = torch.tensor(spacing(steps, schedule.base), dtype=torch.float64)
+    sigmas = schedule.prediction.levels(chosen, schedule.base).tolist()
+    reached = row.final_sigma >= 0.999 * sigmas[-1]  # a spacing may itself go down to it
+    return sigmas + [0.0 if reached else row.final_sigma]

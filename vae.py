@@ -1,30 +1,29 @@
-"""The autoencoder: pictures to latents and back (KL-regularised VAE of latent diffusion).
+"""The autoencoder: pictures to latents and back (the KL-regularised VAE of latent diffusion).
 
-Diffusion runs in a latent space f = 2^(levels - 1) times smaller per side than the picture: for SD 1.x a 3x512x512
-picture (786,432 numbers) becomes a 4x64x64 latent (16,384 numbers). Rombach et al. 2022, section 3.1; the modules
-carry the names of `ldm/modules/diffusionmodules/model.py`, which are those in official checkpoints.
+Diffusion works on latents, which are f = 2^(levels - 1) times smaller per side than the picture.
+In SD 1.x a 3x512x512 picture (786,432 numbers) becomes a 4x64x64 latent (16,384 numbers).
+Rombach et al. 2022, section 3.1. Modules have the names of `ldm/modules/diffusionmodules/model.py`,
+which are the names in official checkpoints.
 
 Shapes: B batch, C channels, H W picture or feature size, Z latent channels, h = H/f, w = W/f.
 """
-import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import attention, upsample
+from model import attention
 
 
 @dataclass
 class VAEConfig:
-    ch: int = 128                                   # width of the level at full resolution
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)         # width of each level / ch; each level but the last halves H and W
-    num_res_blocks: int = 2                         # per level in the encoder; the decoder has one more
+    ch: int = 128                            # width of the level at full resolution
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level / ch; all but the last halve
+    num_res_blocks: int = 2                  # per level of the encoder; the decoder has one more
     z_channels: int = 4
-    double_z: bool = True                           # the encoder gives mean and log variance; False for a VQModel
-    num_groups: int = 32                            # of every GroupNorm
-    scale_factor: float = 0.18215                   # 1/std of the latents over the training data
+    double_z: bool = True                    # the encoder gives mean and log variance; False: VQ
+    num_groups: int = 32                     # of every GroupNorm
+    scale_factor: float = 0.18215            # 1 / standard deviation of the latents of the data
 
     @property
     def downsampling(self) -> int:
@@ -33,7 +32,7 @@ class VAEConfig:
 
 
 class AutoencoderKL(nn.Module):
-    """q(z|x) = N(mean, std^2) by the encoder, x by the decoder. Pictures lie in [-1, 1]."""
+    """The encoder gives q(z|x) = N(mean, std^2), the decoder gives x. Pictures are in [-1, 1]."""
 
     def __init__(self, cfg: VAEConfig = VAEConfig()):
         super().__init__()
@@ -44,101 +43,27 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance of the latents, (B, Z, h, w) each."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance (B, Z, h, w), not scaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pictures (B, 3, H, W) -> latents (B, Z, h, w) scaled to unit variance, as the UNet sees them.
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Moments -> latents (B, Z, h, w), scaled to unit variance for the UNet.
 
-        With `noise` (standard normal, shaped as the latents) a sample, mean + std * noise; without, the mode.
+        With `noise` (standard normal) a sample, mean + std * noise. Without, the mode.
         """
-        mean, logvar = self.moments(x)
-        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise.to(mean)
+        z = mean
+        if noise is not None:
+            z = mean + (0.5 * logvar).exp() * noise.to(mean)
         return z * self.cfg.scale_factor
 
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, Z, h, w)."""
+        return self.sample(*self.moments(x), noise)
+
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, Z, h, w) -> pictures (B, 3, H, W), about [-1, 1] (not clamped)."""
+        """Scaled latents (B, Z, h, w) -> pictures (B, 3, H, W), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z / self.cfg.scale_factor))
-
-
-def decode_tiled(vae: AutoencoderKL, z: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-    """`vae.decode` in tiles of tile x tile latents, blended linearly where they overlap: the memory of one tile, whatever the picture's size.
-
-    Not exactly the whole: GroupNorm and attention see a tile at a time.
-    """
-    f, (B, _, h, w) = vae.cfg.downsampling, z.shape
-    out, total = (torch.zeros(B, channels, h * f, w * f, device=z.device) for channels in (3, 1))
-    for y in tile_starts(h, tile, overlap):
-        for x in tile_starts(w, tile, overlap):
-            picture = vae.decode(z[:, :, y:y + tile, x:x + tile]).float()
-            ramps = [torch.arange(1, side + 1, device=z.device).minimum(torch.arange(side, 0, -1, device=z.device)).clamp(max=overlap * f)
-                     for side in picture.shape[2:]]
-            weight = ramps[0][:, None] * ramps[1]                            # falls off towards the tile's edges
-            here = (..., slice(y * f, y * f + picture.shape[2]), slice(x * f, x * f + picture.shape[3]))
-            out[here] += weight * picture
-            total[here] += weight
-    return out / total
-
-
-def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: evenly spread, overlapping by at least `overlap`."""
-    count = 1 if side <= tile else 1 + math.ceil((side - tile) / (tile - overlap))
-    return [round(i * max(side - tile, 0) / max(count - 1, 1)) for i in range(count)]
-
-
-def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats, summed over a latent, averaged over the batch. Kingma & Welling 2014, appendix B."""
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
-
-
-class VQModel(nn.Module):
-    """The other autoencoder of Rombach et al. 2022, section 3.1: latents are snapped to a learned codebook instead of drawn to N(0, 1).
-
-    Modules as in LDM's `VQModel`. Build it with VAEConfig(double_z=False, ...); pictures (B, 3, H, W) in [-1, 1].
-    """
-
-    def __init__(self, cfg: VAEConfig, n_embed: int = 8192):
-        super().__init__()
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg)
-        self.quantize = VectorQuantizer(n_embed, cfg.z_channels)
-        self.quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures -> reconstructions (B, 3, H, W), the codebook's loss, and the codes (B, h, w), which alone are the picture."""
-        z, loss, codes = self.quantize(self.quant_conv(self.encoder(x)))
-        return self.decoder(self.post_quant_conv(z)), loss, codes
-
-
-class VectorQuantizer(nn.Module):
-    """Every latent vector becomes the nearest of n_embed codes; gradients pass as if it had not. van den Oord et al. 2017, equation 3.
-
-    z (B, Z, h, w) -> the codes' vectors (B, Z, h, w); a loss that draws codes to latents and, with weight beta, latents to
-    codes; the codes' numbers (B, h, w).
-    """
-
-    def __init__(self, n_embed: int, dim: int, beta: float = 0.25):
-        super().__init__()
-        self.beta = beta
-        self.embedding = nn.Embedding(n_embed, dim)
-        nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        vectors = z.movedim(1, -1)                                               # 'b z h w -> b h w z'
-        codes = torch.cdist(vectors.flatten(0, -2), self.embedding.weight).argmin(1).view(vectors.shape[:-1])
-        q = self.embedding(codes).movedim(-1, 1)                                 # 'b h w z -> b z h w'
-        loss = (q - z.detach()).square().mean() + self.beta * (q.detach() - z).square().mean()
-        return z + (q - z).detach(), loss, codes
-
-
-def level(**modules: nn.Module) -> nn.Module:
-    """One resolution of the encoder or decoder: a plain holder, so that names read `down.0.block.1` as in the checkpoint."""
-    holder = nn.Module()
-    for name, module in modules.items():
-        holder.add_module(name, module)
-    return holder
 
 
 class Encoder(nn.Module):
@@ -146,30 +71,30 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        widths = [cfg.ch * m for m in cfg.ch_mult]
-        self.conv_in = nn.Conv2d(3, cfg.ch, 3, padding=1)
+        c, groups = cfg.ch, cfg.num_groups
+        self.conv_in = nn.Conv2d(3, c, 3, padding=1)
         self.down = nn.ModuleList()
-        c = cfg.ch
-        for i, width in enumerate(widths):
-            block = nn.ModuleList(ResnetBlock(c if j == 0 else width, width, cfg.num_groups) for j in range(cfg.num_res_blocks))
-            down = level(block=block)
-            if i < len(widths) - 1:
-                down.downsample = Downsample(width)
-            self.down.append(down)
-            c = width
-        self.mid = level(block_1=ResnetBlock(c, c, cfg.num_groups), attn_1=AttnBlock(c, cfg.num_groups),
-                         block_2=ResnetBlock(c, c, cfg.num_groups))
-        self.norm_out = normalize(c, cfg.num_groups)
+        for i, mult in enumerate(cfg.ch_mult):
+            level = nn.Module()  # a holder: names read `down.0.block.1` as in the checkpoint
+            level.block = nn.ModuleList()
+            for _ in range(cfg.num_res_blocks):
+                level.block.append(ResnetBlock(c, cfg.ch * mult, groups))
+                c = cfg.ch * mult
+            if i < len(cfg.ch_mult) - 1:
+                level.downsample = Downsample(c)
+            self.down.append(level)
+        self.mid = Middle(c, groups)
+        self.norm_out = normalize(c, groups)
         self.conv_out = nn.Conv2d(c, (1 + cfg.double_z) * cfg.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for down in self.down:
-            for block in down.block:
+        for level in self.down:
+            for block in level.block:
                 h = block(h)
-            if hasattr(down, "downsample"):
-                h = down.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.mid(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -178,36 +103,48 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        widths = [cfg.ch * m for m in cfg.ch_mult]
-        c = widths[-1]
+        c, groups = cfg.ch * cfg.ch_mult[-1], cfg.num_groups
         self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
-        self.mid = level(block_1=ResnetBlock(c, c, cfg.num_groups), attn_1=AttnBlock(c, cfg.num_groups),
-                         block_2=ResnetBlock(c, c, cfg.num_groups))
-        levels = []
-        for i, width in reversed(list(enumerate(widths))):
-            block = nn.ModuleList(ResnetBlock(c if j == 0 else width, width, cfg.num_groups) for j in range(cfg.num_res_blocks + 1))
-            up = level(block=block)
+        self.mid = Middle(c, groups)
+        self.up = nn.ModuleList()
+        for i, mult in reversed(list(enumerate(cfg.ch_mult))):
+            level = nn.Module()
+            level.block = nn.ModuleList()
+            for _ in range(cfg.num_res_blocks + 1):
+                level.block.append(ResnetBlock(c, cfg.ch * mult, groups))
+                c = cfg.ch * mult
             if i > 0:
-                up.upsample = Upsample(width)
-            levels.append(up)
-            c = width
-        self.up = nn.ModuleList(reversed(levels))  # the checkpoint counts levels from full resolution: up.0 runs last
-        self.norm_out = normalize(c, cfg.num_groups)
+                level.upsample = Upsample(c)
+            self.up.insert(0, level)  # the checkpoint counts from full resolution: up.0 runs last
+        self.norm_out = normalize(c, groups)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        for up in reversed(self.up):
-            for block in up.block:
+        h = self.mid(h)
+        for level in reversed(self.up):
+            for block in level.block:
                 h = block(h)
-            if hasattr(up, "upsample"):
-                h = up.upsample(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+class Middle(nn.Module):
+    """ResnetBlock, attention, ResnetBlock at the lowest resolution. (B, C, h, w), twice."""
+
+    def __init__(self, c: int, num_groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(c, c, num_groups)
+        self.attn_1 = AttnBlock(c, num_groups)
+        self.block_2 = ResnetBlock(c, c, num_groups)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))): (B, C_in, H, W) -> (B, C_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, num_groups: int):
         super().__init__()
@@ -215,17 +152,16 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = normalize(c_out, num_groups)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        if c_in != c_out:
-            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return self.nin_shortcut(x) + h
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over all H*W positions, one head as wide as the features. The projections are 1x1 convolutions."""
+    """Self-attention over all positions, with one head. The projections are 1x1 convolutions."""
 
     def __init__(self, c: int, num_groups: int):
         super().__init__()
@@ -234,15 +170,17 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # 'b c h w -> b 1 (h w) c'
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None]      # 'b c h w -> b 1 (h w) c'
+                   for conv in (self.q, self.k, self.v))
         h = attention(q, k, v)
-        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))                       # 'b 1 (h w) c -> b c h w'
+        h = h[:, 0].transpose(1, 2).reshape(x.shape)                # 'b 1 (h w) c -> b c h w'
+        return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
-    """Stride-2 convolution, padded at the right and bottom only, as the released weights were trained.
+    """A stride-2 convolution, padded at the right and bottom only, as the weights were trained.
 
-    Padding both sides gives the same shape, and a picture shifted by some pixels: it fails silently.
+    Padding on both sides has the same shape, and gives a shifted picture: it fails silently.
     """
 
     def __init__(self, c: int):
@@ -254,15 +192,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, H, W) -> (B, C, 2H, 2W): nearest neighbour, then a convolution."""
+    """Nearest neighbour, then a convolution. (B, C, H, W) -> (B, C, 2H, 2W)"""
 
     def __init__(self, c: int):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample(x, self.conv, torch.Size((2 * x.shape[2], 2 * x.shape[3])))
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def normalize(c: int, num_groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups, c, eps=1e-6)  # PyTorch's default, 1e-5, is a different network
+    return nn.GroupNorm(num_groups, c, eps=1e-6)  # PyTorch's default, 1e-5, is another network
