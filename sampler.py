@@ -131,10 +131,12 @@ def cfg(denoise: Callable[..., Tensor], cond: Cond, uncond: Cond, scale: float) 
     """Classifier-free guidance, Ho & Salimans 2022: uncond + scale (cond - uncond).
 
     `cond` and `uncond` are the prompt's and the negative prompt's, B rows each. Both go through
-    the network as one batch, uncond first. At scale 1 only cond counts, and only it is computed.
+    the network as one batch, uncond first. At scale 1 only cond counts, and only it is computed;
+    at scale 0 uncond.
     """
-    if scale == 1:
-        return lambda x, sigma: denoise(x, sigma, **cond)
+    if scale in (0, 1):
+        alone = cond if scale == 1 else uncond
+        return lambda x, sigma: denoise(x, sigma, **alone)
     both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
 
     def guided(x: Tensor, sigma: float) -> Tensor:

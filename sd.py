@@ -135,27 +135,25 @@ class StableDiffusion:
              prediction_type: str | None = None, fast: bool = True) -> "StableDiffusion":
         """A model from an official .safetensors file; None: the built-in model.
 
-        extras/ adds diffusers folders, .ckpt files, names of the hub, and speed (`fast`). `preset`
-        and `prediction_type` replace what the file says of itself. Default device: the best there
-        is; dtype: the best for it. Raises UserError if the file is missing, damaged, or no model
-        of PRESETS.
+        With extras/ also a diffusers folder, a .ckpt or a name of the hub, and with `fast` at
+        speed. `preset` and `prediction_type` replace what the file says of itself. The default
+        device is the best there is, the default dtype the best for it. Raises UserError if the
+        file is missing, damaged, or no model of PRESETS.
         """
         device, dtype = best_device_and_dtype(device, dtype)
-        fast = fast and EXTRAS.is_dir()
         if path is None:
             path, preset = BUILTIN, PRESETS["emoji"] if preset is None else preset
         open_file = open_safetensors
-        if fast or Path(path).suffix != ".safetensors":
+        if EXTRAS.is_dir():
             from extras.formats import open_checkpoint as open_file
         tensors, preset, metadata = open_file(path, preset, prediction_type, dtype)
-        if fast:
-            from extras.fast import load_model
-            return load_model(cls, preset, tensors, metadata, device, dtype)
-        with torch.device("meta"):  # no memory for weights that the file replaces
-            sd = cls(preset)
-        sd.metadata = metadata
-        sd.load_weights(tensors, device, dtype)
-        return sd
+        build = build_model
+        if fast and EXTRAS.is_dir():
+            from extras.fast import load_model as build
+        try:
+            return build(cls, preset, tensors, metadata, device, dtype)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -192,7 +190,8 @@ class StableDiffusion:
         left of the crop, height and width after it (Podell et al. 2023, section 2.2).
         """
         encoded = [encoder.encode(prompts) for encoder in self.text_encoders]
-        cond = encoded[-1] | {"context": torch.cat([e["context"] for e in encoded], dim=-1)}
+        cond = {name: value for one in encoded for name, value in one.items()}
+        cond["context"] = torch.cat([one["context"] for one in encoded], dim=-1)
         width = getattr(self.preset.unet, "adm_in_channels", None)
         if width is None:
             cond.pop("y", None)
@@ -218,9 +217,11 @@ class StableDiffusion:
 
     def zero_text(self, cond: Cond) -> Cond:
         """cond without its text: SDXL was trained with zeros there. Sizes stay as they are."""
-        text = torch.ones_like(cond["y"][:1])
-        text[:, :self.text_encoders[-1].cfg.hidden_size] = 0
-        return cond | {"context": torch.zeros_like(cond["context"]), "y": cond["y"] * text}
+        zeros = {name: torch.zeros_like(value) for name, value in cond.items()}
+        if "y" in cond:
+            pooled = self.text_encoders[-1].cfg.hidden_size
+            zeros["y"][:, pooled:] = cond["y"][:, pooled:]
+        return zeros
 
     @torch.no_grad()
     def encode_image(self, images: list[Image.Image], noise: Tensor | None = None) -> Tensor:
@@ -253,7 +254,7 @@ class StableDiffusion:
         """
         prompts = [prompt] * batch if isinstance(prompt, str) else prompt
         width, height, steps, guidance, sampler, spacing = self.resolve_options(**options).values()
-        run = num_steps(steps, strength)
+        run = steps if init is None else num_steps(steps, strength)
         sigmas = get_sigmas(sampler, steps, self.schedule, spacing)[steps - run:]
         if noise is None:
             noise = self.noise_sampler(seed, len(prompts), width, height)
@@ -377,6 +378,15 @@ def open_safetensors(path: str | Path, preset: Preset | str | None, prediction_t
     return tensors, preset, metadata
 
 
+def build_model(cls: type[StableDiffusion], preset: Preset, tensors: dict[str, LazyTensor],
+                metadata: dict[str, str], device: str, dtype: torch.dtype) -> StableDiffusion:
+    with torch.device("meta"):  # no memory for weights that the file replaces
+        sd = cls(preset)
+    sd.metadata = metadata
+    sd.load_weights(tensors, device, dtype)
+    return sd
+
+
 def make_network(config) -> nn.Module:
     return NETWORKS[type(config)](config)
 
@@ -424,7 +434,7 @@ def check_names_and_shapes(found: dict[str, LazyTensor], wanted: dict[str, Tenso
         return shape[:2] if shape[2:] == (1, 1) else shape  # the same map, stored either way
     problems = {
         "missing": [name for name in wanted if name not in found],
-        "unknown": [name for name in found if name not in wanted],
+        "surplus": [name for name in found if name not in wanted],
         "of another shape": [
             f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
             for name, tensor in wanted.items()

@@ -1,21 +1,25 @@
-"""ControlNet, as an example of a fork: beside the prompt, a picture of edges (or depths, or poses) says where things go.
+"""ControlNet, as an example of a fork: a picture of edges, depths or poses says where things are.
 
-Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models", section 3. The UNet stays frozen, and model.py as it is. A copy of
-the UNet's way down and middle, which also sees the hint, is trained; what it finds is added to the UNet's skips and middle, each through a 1x1
-convolution that starts at zero, so that training starts from the UNet as it was.
+Zhang et al. 2023, "Adding Conditional Control to Text-to-Image Diffusion Models", section 3. The
+UNet stays frozen and model.py unchanged. A copy of the UNet's input and middle blocks is trained,
+which also gets the hint. Its outputs are added to the UNet's skips and to its middle, each through
+a 1x1 convolution that starts at zero, so training starts from the unchanged UNet.
 
              the UNet, frozen                             the copy
-    x -> input_blocks.0 -----> (+) <--- zero_convs.0 <--- input_blocks.0 (x) + input_hint_block (hint)
-               |                |                               |
+    x -> input_blocks.0 -----> (+) <--- zero_convs.0 <--- input_blocks.0(x)
+               |                |                               | + input_hint_block(hint)
          input_blocks.1 -----> (+) <--- zero_convs.1 <--- input_blocks.1
                :                :            :                  :
          middle_block -------> (+) <- middle_block_out <- middle_block
                                 |
                                 '--> output_blocks -> noise
 
-    python examples/controlnet.py "a bird" --control edges.png --controlnet control_sd15_canny.safetensors --ckpt v1-5-pruned-emaonly.safetensors
-    python examples/controlnet.py "a red apple" --control any.png         the built-in model, and a copy that is not trained yet: it changes nothing
-    python examples/train_controlnet.py outlines.safetensors              trains it, in minutes
+    python examples/controlnet.py "a bird" --control edges.png \\
+        --controlnet control_sd15_canny.safetensors --ckpt v1-5-pruned-emaonly.safetensors
+    python examples/controlnet.py "a red apple" --control any.png
+
+The second draws with the built-in model and an untrained copy, which changes nothing.
+examples/train_controlnet.py trains one in minutes.
 """
 import argparse
 import math
@@ -31,67 +35,95 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to import the files above
-from checkpoint import UserError, check_names_and_shapes, diffusers_name, open_tensors  # noqa: E402
-from model import UNetModel, timestep_embedding, zero  # noqa: E402
-from sd import StableDiffusion, on_white, output_paths, pixels, read_image, write  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to import sd, model, extras
+
+from extras.cli import output_paths, write
+from extras.diffusers_names import diffusers_name
+from extras.edit import concat_kind
+from extras.files import check_names_and_shapes, on_white, open_tensors, read_image
+from model import UNetConfig, UNetModel, timestep_embedding, zero_module
+from sd import Preset, StableDiffusion, UserError, pixels
 
 
 class ControlNet(nn.Module):
-    """A copy of a UNet's first half, on its device and in its dtype, with the names of cldm.py, the authors' file.
+    """A copy of a UNet's first half, on its device and in its dtype, with the names of cldm.py.
 
-    hint (1 or B, 3, 8H, 8W) in [0, 1], then what the UNet is told: x (B, in, H, W), t (B,), context (B, T, D), y or None
-    -> what to add to each skip, first to last, and to the middle: each (B, C_i, H_i, W_i).
+    hint (1 or B, 3, 8H, 8W) in [0, 1], then the UNet's inputs: x (B, in, H, W), t (B,),
+    context (B, T, D), y or None. Returns what to add to each skip, first to last, and to the
+    middle: each (B, C_i, H_i, W_i).
     """
 
     def __init__(self, unet: UNetModel):
         super().__init__()
-        cfg = self.cfg = unet.cfg
+        self.cfg = cfg = unet.cfg
         for part in "time_embed", "label_emb", "input_blocks", "middle_block":
             if hasattr(unet, part):
                 setattr(self, part, deepcopy(getattr(unet, part)))
-        widths = [cfg.model_channels * m for i, m in enumerate(cfg.channel_mult) for _ in range(cfg.num_res_blocks + (i < len(cfg.channel_mult) - 1))]
-        self.zero_convs = nn.ModuleList(nn.Sequential(zero(nn.Conv2d(c, c, 1))) for c in [cfg.model_channels, *widths])
-        self.middle_block_out = nn.Sequential(zero(nn.Conv2d(widths[-1], widths[-1], 1)))
-        layers, c = [nn.Conv2d(3, 16, 3, padding=1)], 16
-        for c_out in 32, 96, 256:  # each to half the size: f = 8, as the VAE
-            layers += [nn.SiLU(), nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, c_out, 3, stride=2, padding=1)]
-            c = c_out
-        self.input_hint_block = nn.Sequential(*layers, nn.SiLU(), zero(nn.Conv2d(c, cfg.model_channels, 3, padding=1)))
+        widths = skip_widths(cfg)
+        self.zero_convs = nn.ModuleList(
+            nn.Sequential(zero_module(nn.Conv2d(c, c, 1))) for c in widths)
+        self.middle_block_out = nn.Sequential(zero_module(nn.Conv2d(widths[-1], widths[-1], 1)))
+        self.input_hint_block = make_hint_block(cfg.model_channels)
         self.to(unet.out[2].weight)
 
-    def forward(self, hint: Tensor, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None) -> list[Tensor]:
+    def forward(self, hint: Tensor, x: Tensor, t: Tensor, context: Tensor,
+                y: Tensor | None = None) -> list[Tensor]:
         dtype = self.time_embed[0].weight.dtype
         x, hint, context = x.to(dtype), hint.to(dtype), context.to(dtype)
         emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y.to(dtype))
         first, *others = self.input_blocks
-        found = [first(x, emb, context) + self.input_hint_block(hint)]
+        outputs = [first(x, emb, context) + self.input_hint_block(hint)]
         for block in others:
-            found.append(block(found[-1], emb, context))
-        middle = self.middle_block(found[-1], emb, context)
-        return [conv(h) for conv, h in zip([*self.zero_convs, self.middle_block_out], [*found, middle])]
+            outputs.append(block(outputs[-1], emb, context))
+        outputs.append(self.middle_block(outputs[-1], emb, context))
+        convs = [*self.zero_convs, self.middle_block_out]
+        return [conv(h) for conv, h in zip(convs, outputs)]
+
+
+def skip_widths(cfg: UNetConfig) -> list[int]:
+    """The channels of each skip, first to last."""
+    widths = [cfg.model_channels]
+    for level, mult in enumerate(cfg.channel_mult):
+        downsamples = level < len(cfg.channel_mult) - 1
+        widths += [cfg.model_channels * mult] * (cfg.num_res_blocks + downsamples)
+    return widths
+
+
+def make_hint_block(width: int) -> nn.Sequential:
+    """The hint (B, 3, 8H, 8W) -> (B, width, H, W), zero at first."""
+    layers, c = [nn.Conv2d(3, 16, 3, padding=1)], 16
+    for c_out in 32, 96, 256:  # each halves the size: f = 8, as the VAE
+        layers += [nn.SiLU(), nn.Conv2d(c, c, 3, padding=1),
+                   nn.SiLU(), nn.Conv2d(c, c_out, 3, stride=2, padding=1)]
+        c = c_out
+    return nn.Sequential(*layers, nn.SiLU(), zero_module(nn.Conv2d(c, width, 3, padding=1)))
 
 
 @contextmanager
-def controlled(unet: UNetModel, control: ControlNet, hint: Tensor, scale: float = 1.0) -> Iterator[None]:
-    """Within, the UNet draws by the hint, whoever calls it: hooks ask the ControlNet first and add what it says on the way."""
-    found, hint = [], hint.to(control.middle_block_out[0].weight)
+def controlled(unet: UNetModel, control: ControlNet, hint: Tensor,
+               scale: float = 1.0) -> Iterator[None]:
+    """Within, every call of the UNet follows the hint, whoever makes it.
 
-    def ask(unet, args, kwargs):
-        found[:] = [scale * residual for residual in control(hint, *args, **kwargs)]
+    Hooks run the ControlNet before the UNet and add its outputs where they belong.
+    """
+    residuals, hint = [], hint.to(control.middle_block_out[0].weight)
+
+    def run_control(unet, args, kwargs):
+        residuals[:] = [scale * residual for residual in control(hint, *args, **kwargs)]
 
     def add_to_middle(block, args, h):
-        return h + found.pop()
+        return h + residuals.pop()
 
     def add_to_skip(block, args):
-        """The last channels of an output block's input are those of the skip; the last skip comes first."""
-        residual = found.pop()
+        """The last channels of an output block's input are the skip. The last skip comes first."""
+        residual = residuals.pop()
         args[0][:, -residual.shape[1]:] += residual
 
-    hooks = [unet.register_forward_pre_hook(ask, with_kwargs=True), unet.middle_block.register_forward_hook(add_to_middle),
-             *(block.register_forward_pre_hook(add_to_skip) for block in unet.output_blocks)]
+    hooks = [unet.register_forward_pre_hook(run_control, with_kwargs=True),
+             unet.middle_block.register_forward_hook(add_to_middle)]
+    hooks += [block.register_forward_pre_hook(add_to_skip) for block in unet.output_blocks]
     try:
         yield
     finally:
@@ -99,44 +131,70 @@ def controlled(unet: UNetModel, control: ControlNet, hint: Tensor, scale: float 
             hook.remove()
 
 
-PREFIX = "control_model."  # in official files; some lack it
-HINT = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]  # diffusers' names of the hint's eight convolutions; ours count the SiLUs between them too
+# --- files ---
+
+PREFIX = "control_model."  # of the names in official files; some files lack it
+# diffusers' names of the hint's eight convolutions; our index also counts the SiLUs between them
+HINT = ["conv_in", *(f"blocks.{i}" for i in range(6)), "conv_out"]
 
 
-def diffusers_control_name(name: str, config) -> str:
-    """What diffusers' ControlNetModel calls a parameter; `config` is a sd.Preset."""
-    name = re.sub(r"^input_hint_block\.(\d+)", lambda match: f"controlnet_cond_embedding.{HINT[int(match[1]) // 2]}", name)
+def diffusers_control_name(name: str, preset: Preset) -> str:
+    """The name of a parameter in diffusers' ControlNetModel."""
+    name = re.sub(r"^input_hint_block\.(\d+)",
+                  lambda match: f"controlnet_cond_embedding.{HINT[int(match[1]) // 2]}", name)
     name = re.sub(r"^zero_convs\.(\d+)\.0", r"controlnet_down_blocks.\1", name)
     name = re.sub(r"^middle_block_out\.0", "controlnet_mid_block", name)
-    return diffusers_name("model.diffusion_model." + name, config).removeprefix("unet/")  # the rest is a UNet's
+    # all others have the name that they have in a UNet
+    return diffusers_name("model.diffusion_model." + name, preset).removeprefix("unet/")
 
 
 def load(path: str | Path, sd: StableDiffusion) -> ControlNet:
-    """A ControlNet for this model, on its device: a diffusers folder or file, or one with official names, after PREFIX or nothing.
+    """A ControlNet for this model, on its device.
 
-    Raises UserError if it is not there, no ControlNet, or one for other models.
+    `path` is a diffusers folder or file, or a file with official names, with PREFIX or without.
+    Raises UserError if it is missing, no ControlNet, or one for other models.
     """
     path = Path(path)
-    path = path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "diffusion_pytorch_model.safetensors"
     found, _ = open_tensors(path)
-    # the first files held the whole model, and of it only this
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in found.items() if name.startswith(PREFIX)} or found
+    # the first official files held the whole model too
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in found.items()
+               if name.startswith(PREFIX)}
+    if not tensors:
+        tensors = found
     with torch.device("meta"):
-        control = ControlNet(UNetModel(sd.config.unet))
-    names = {name: diffusers_control_name(name, sd.config) if "controlnet_mid_block.weight" in tensors else name for name in control.state_dict()}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    wanted = {names[name]: tensor.shape for name, tensor in control.state_dict().items()}
-    middle, words = names["middle_block_out.0.weight"], names["middle_block.1.transformer_blocks.0.attn2.to_k.weight"]
-    if middle not in shapes or words not in shapes:
-        raise UserError(f"{path} is no ControlNet: it has no {middle}")
-    (c, d), (our_c, our_d) = shapes[words], wanted[words]
-    if (c, d) != (our_c, our_d):
-        raise UserError(f"{path} goes with a UNet {c} channels wide in the middle and words of {d}, not with this one of {our_c} and {our_d}: give its --ckpt")
-    check_names_and_shapes(path, shapes, wanted)
-    control.load_state_dict({name: tensors[names[name]].read().to(sd.device, sd.unet.out[2].weight.dtype).reshape(tensor.shape)
-                             for name, tensor in control.state_dict().items()}, assign=True)
+        control = ControlNet(UNetModel(sd.preset.unet))
+    state = control.state_dict()
+    names = {name: name for name in state}
+    if "controlnet_mid_block.weight" in tensors:
+        names = {name: diffusers_control_name(name, sd.preset) for name in state}
+    check_fits(path, {name: tensor.shape for name, tensor in tensors.items()},
+               {names[name]: tensor.shape for name, tensor in state.items()}, names)
+    dtype = sd.unet.out[2].weight.dtype
+    for name, tensor in state.items():
+        read = tensors[names[name]].read()
+        state[name] = read.to(sd.device, dtype).reshape(tensor.shape)
+    control.load_state_dict(state, assign=True)
     return control.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
+
+def check_fits(path: Path, found: dict[str, torch.Size], wanted: dict[str, torch.Size],
+               names: dict[str, str]) -> None:
+    """Raises UserError if the file holds no ControlNet of these shapes."""
+    middle = names["middle_block_out.0.weight"]
+    to_k = names["middle_block.1.transformer_blocks.0.attn2.to_k.weight"]
+    if middle not in found or to_k not in found:
+        raise UserError(f"{path} is no ControlNet: it has no {middle}")
+    if found[to_k] != wanted[to_k]:
+        (width, context_dim), (our_width, our_context_dim) = found[to_k], wanted[to_k]
+        raise UserError(f"{path} is for a UNet with {width} channels in the middle and a"
+                        f" context_dim of {context_dim}; this one has {our_width} and"
+                        f" {our_context_dim}: give the --ckpt that it goes with")
+    check_names_and_shapes(path, found, wanted)
+
+
+# --- hints ---
 
 def hints(images: list[Image.Image]) -> Tensor:
     """PIL pictures of one size -> (B, 3, H, W) in [0, 1]."""
@@ -144,48 +202,68 @@ def hints(images: list[Image.Image]) -> Tensor:
 
 
 def outlines(image: Image.Image) -> Image.Image:
-    """White lines on black where a picture's colour leaps: a rough stand-in for Canny's edges."""
+    """White lines on black where the colour changes sharply: a rough stand-in for Canny's edges."""
     a = np.asarray(on_white(image), dtype=np.int16)
-    leap = np.abs(np.diff(a, axis=0, append=a[-1:])) + np.abs(np.diff(a, axis=1, append=a[:, -1:]))
-    return Image.fromarray(np.uint8(255 * (leap.max(-1) > 40)))
+    down = np.abs(np.diff(a, axis=0, append=a[-1:]))
+    right = np.abs(np.diff(a, axis=1, append=a[:, -1:]))
+    return Image.fromarray(np.uint8(255 * ((down + right).max(-1) > 40)))
 
+
+# --- the command ---
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
     parser.add_argument("prompt")
-    parser.add_argument("--control", required=True, metavar="IMG", help="the hint, of the kind the ControlNet was trained with: white edges on black, ...")
-    parser.add_argument("--controlnet", metavar="PATH", help="a file, or a diffusers folder; default: a fresh copy of the UNet, which changes nothing")
-    parser.add_argument("--outlines", action="store_true", help="draw the outlines of IMG and take those")
-    parser.add_argument("--scale", type=float, default=1.0, help="what the ControlNet adds is multiplied by this (default 1)")
-    parser.add_argument("--ckpt", help="the model it goes with, as for sd.py; default: the built-in one")
-    parser.add_argument("--out", default="controlled.png", help="the .png to write (default controlled.png)")
-    for option, kind, default in (("--negative", str, ""), ("--steps", int, None), ("--guidance", float, None), ("--width", int, None),
-                                  ("--height", int, None), ("--seed", int, 0), ("--batch", int, 1)):
+    parser.add_argument("--control", required=True, metavar="IMG",
+                        help="the hint, of the kind that the ControlNet was trained with, such as"
+                             " white edges on black")
+    parser.add_argument("--controlnet", metavar="PATH",
+                        help="a file, or a diffusers folder; default: a new copy of the UNet, which"
+                             " changes nothing")
+    parser.add_argument("--outlines", action="store_true",
+                        help="use the outlines of IMG as the hint")
+    parser.add_argument("--scale", type=float, default=1.0,
+                        help="factor of what the ControlNet adds (default 1)")
+    parser.add_argument("--ckpt", help="the model that it goes with, as for sd.py; default: the"
+                                       " built-in one")
+    parser.add_argument("--out", default="controlled.png",
+                        help="the .png to write (default controlled.png)")
+    options = [("--negative", str, ""), ("--steps", int, None), ("--guidance", float, None),
+               ("--width", int, None), ("--height", int, None), ("--seed", int, 0),
+               ("--n", int, 1)]
+    for option, kind, default in options:
         parser.add_argument(option, type=kind, default=default, help="as for sd.py")
-    args = parser.parse_args()
+    parser.add_argument("--batch", type=int, dest="n", default=argparse.SUPPRESS,
+                        help=argparse.SUPPRESS)  # the old name of --n
     try:
-        run(args)
+        run(parser.parse_args())
     except UserError as error:
         print(f"controlnet.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Draw what the command's options ask for."""
     if not math.isfinite(args.scale):
         raise UserError(f"the scale must be a number, not {args.scale}")
-    paths = output_paths("--out", args.out, ".png", args)
+    paths = output_paths("--out", Path(args.out), ".png", args.seed, args.n)
     control_image = read_image(args.control)
     sd = StableDiffusion.load(args.ckpt)
-    if sd.sees != "noise":
-        raise UserError(f"{args.ckpt} changes pictures; this draws from noise and the hint: give another --ckpt")
+    if concat_kind(sd) != "none":
+        raise UserError(f"{args.ckpt} changes pictures: give a --ckpt that draws from noise alone")
     if args.controlnet is None:
-        print("no --controlnet: a fresh copy of the UNet, which changes nothing until it is trained")
-    control = ControlNet(sd.unet) if args.controlnet is None else load(args.controlnet, sd)
-    width, height, *_ = sd.settings(args.width, args.height, args.steps, args.guidance, None, None)
-    image = ImageOps.fit(control_image, (width, height), Image.Resampling.LANCZOS)
+        print("no --controlnet: a new copy of the UNet, which changes nothing until it is trained")
+        control = ControlNet(sd.unet)
+    else:
+        control = load(args.controlnet, sd)
+    options = sd.resolve_options(args.width, args.height, args.steps, args.guidance)
+    size = options["width"], options["height"]
+    image = ImageOps.fit(control_image, size, Image.Resampling.LANCZOS)
     hint = hints([outlines(image) if args.outlines else image])
     with controlled(sd.unet, control, hint, args.scale):
-        images = sd.generate(args.prompt, args.negative, width, height, args.steps, args.guidance, seed=args.seed, batch=args.batch)
+        images = sd.generate(args.prompt, args.negative, seed=args.seed, batch=args.n, **options)
     for image, path in zip(images, paths):
         write(image, path)
         print(path)

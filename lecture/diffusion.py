@@ -1,12 +1,17 @@
-"""Chapter 1, diffusion in two dimensions: data into noise, noise into data, and a network that learns the way back.
+"""Chapter 1, diffusion in two dimensions: noise is added, and a network learns the way back.
 
-The lecture's particles. The data is a mixture of three Gaussians, so that all a network has to learn is known exactly.
-    forward      dx = g(t) dw                             after it p_sigma = p_data * N(0, sigma^2), sigma^2 = the integral of g^2
-    reverse SDE  dx = -g^2 grad log p_sigma(x) dt + g dw  Song et al. 2021 (score SDE), equations 6 and 9
-    ODE          dx = -1/2 g^2 grad log p_sigma(x) dt     the same, equation 13: the same crowd at every sigma, without noise
-    learning     min ||eps + f(x_0 + sigma eps, t)||^2    f = sigma grad log p_sigma: to denoise is to know the score (Vincent 2011)
-                 min ||eps - f(x_0 + sigma eps, t)||^2    f = -sigma grad log p_sigma: Stable Diffusion's (Ho et al. 2020, equation 14)
-sampler.py takes these steps with latents of pictures, in terms of the best guess of x_0: D = x + sigma^2 grad log p_sigma(x).
+The data is a mixture of three Gaussians, so all that a network has to learn is known exactly.
+    forward      dx = g(t) dw                             p_sigma = p_data * N(0, sigma^2), where
+                                                          sigma^2 is the integral of g^2
+    reverse SDE  dx = -g^2 grad log p_sigma(x) dt + g dw  Song et al. 2021 (score SDE), eq. 6 and 9
+    ODE          dx = -1/2 g^2 grad log p_sigma(x) dt     equation 13: the same distribution at
+                                                          every sigma, without noise
+    learning     min ||eps + f(x_0 + sigma eps, t)||^2    f = sigma grad log p_sigma: a denoiser
+                                                          knows the score (Vincent 2011)
+                 min ||eps - f(x_0 + sigma eps, t)||^2    f = -sigma grad log p_sigma: the loss of
+                                                          Stable Diffusion (Ho et al. 2020, eq. 14)
+sampler.py takes the same steps with latents of pictures. It works with the best guess of x_0, which
+is D = x + sigma^2 grad log p_sigma(x).
 
     python lecture/diffusion.py
     python lecture/diffusion.py --weights 0.8 0.1 0.1
@@ -17,12 +22,24 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from draw import Plot, UserError, heat, run, save, save_gif, sheet
 from PIL import Image
 from torch import Tensor, nn
 
-from draw import Plot, UserError, heat, run, save, save_gif, sheet
-from model import timestep_embedding, zero
-from sampler import SIGMAS, Denoise, Step, denoiser, karras, q_sample, sample_ancestral, sample_dpmpp_2m
+from model import timestep_embedding, zero_module
+from sampler import (
+    SIGMAS,
+    Denoise,
+    Noise,
+    NoiseSchedule,
+    Step,
+    karras,
+    make_denoiser,
+    sample_dpmpp_2m,
+    sample_euler,
+)
+
+COLORS = ("royalblue", "darkorange", "seagreen")  # of the three Gaussians
 
 
 # --- the data, and its score at every noise level ---
@@ -34,10 +51,17 @@ class Mixture(NamedTuple):
 
 
 def make_mixture(weights: list[float]) -> Mixture:
-    """Three round Gaussians, moved and scaled together to mean 0 and variance 1, as SD's latents are by the factor 0.18215."""
-    if not (min(weights) > 0 and abs(sum(weights) - 1) < 1e-4):  # so put, NaN is refused too
-        raise UserError(f"--weights {' '.join(map(str, weights))}: give three numbers greater than 0 whose sum is 1, such as 0.5 0.3 0.2")
-    w, centres, widths = torch.tensor(weights), torch.tensor([[-1.6, -0.4], [2.0, -0.8], [1.0, 2.2]]), torch.tensor([0.40, 0.25, 0.30])
+    """Three round Gaussians, moved and scaled to mean 0 and variance 1.
+
+    The factor 0.18215 does the same to Stable Diffusion's latents.
+    """
+    # written so that NaN is refused too
+    if not (min(weights) > 0 and abs(sum(weights) - 1) < 1e-4):
+        raise UserError(f"--weights {' '.join(map(str, weights))}: give three numbers greater"
+                        " than 0 whose sum is 1, such as 0.5 0.3 0.2")
+    w = torch.tensor(weights)
+    centres = torch.tensor([[-1.6, -0.4], [2.0, -0.8], [1.0, 2.2]])
+    widths = torch.tensor([0.40, 0.25, 0.30])
     centres = centres - w @ centres
     scale = (w @ (centres.square().mean(1) + widths**2)).sqrt()
     return Mixture(w, centres / scale, widths / scale)
@@ -50,26 +74,38 @@ def draw_data(mixture: Mixture, n: int) -> Tensor:
 
 
 def log_shares(mixture: Mixture, x: Tensor, sigma: float | Tensor) -> Tensor:
-    """log of what each noised Gaussian adds to the density p_sigma at x (n, 2): (n, 3). sigma is a number, or one per point (n, 1)."""
+    """log of each noised Gaussian's part of the density p_sigma at x (n, 2): (n, 3).
+
+    sigma is a number, or one per point (n, 1).
+    """
     variance = mixture.widths**2 + sigma**2
-    return mixture.weights.log() - (2 * math.pi * variance).log() - (x[:, None] - mixture.centres).square().sum(-1) / (2 * variance)
+    squares = (x[:, None] - mixture.centres).square().sum(-1)
+    return mixture.weights.log() - (2 * math.pi * variance).log() - squares / (2 * variance)
 
 
 def score(mixture: Mixture, x: Tensor, sigma: float | Tensor) -> Tensor:
-    """grad log p_sigma at x (n, 2): each Gaussian pulls with (centre - x) / (width^2 + sigma^2), as strongly as x is likely to be its."""
-    pull = (mixture.centres - x[:, None]) / (mixture.widths**2 + sigma**2)[..., None]
+    """grad log p_sigma at x (n, 2).
+
+    Each Gaussian pulls with (centre - x) / (width^2 + sigma^2), weighted by the probability that
+    x belongs to it.
+    """
+    variance = mixture.widths**2 + sigma**2
+    pull = (mixture.centres - x[:, None]) / variance[..., None]
     return (log_shares(mixture, x, sigma).softmax(1)[..., None] * pull).sum(1)
 
 
 def exact_denoise(mixture: Mixture, x: Tensor, sigma: float) -> Tensor:
-    """The best guess of x_0, in the form sampler.py wants it."""
+    """The best guess of x_0, as the samplers of sampler.py take it."""
     return x + sigma**2 * score(mixture, x, sigma)
 
 
 # --- forward ---
 
 def lecture_sigma(t: float) -> float:
-    """Noise at time t in the lecture's code, where g(t) = 25^t for t from 0 to 1: sigma^2 = the integral of 25^(2t)."""
+    """The noise at time t of the lecture's code, where g(t) = 25^t for t from 0 to 1.
+
+    sigma^2 is the integral of 25^(2t).
+    """
     return ((25 ** (2 * t) - 1) / (2 * math.log(25))) ** 0.5
 
 
@@ -81,66 +117,91 @@ def forward_sde(x: Tensor, steps: int) -> Tensor:
 
 
 def noising(mixture: Mixture, n: int) -> Image.Image:
-    """A crowd at five noise levels, variance exploding and variance preserving: the same but for the scale."""
-    x0, noise, rows, worst = draw_data(mixture, n), torch.randn(n, 2), [[], []], 0.0
+    """The points at five noise levels, variance exploding and variance preserving.
+
+    The two differ in scale only.
+    """
+    x0, noise = draw_data(mixture, n), torch.randn(n, 2)
     spread = (forward_sde(x0, steps=500) - x0).std()
-    print(f"forward: 500 steps of dx = 25^t dw add noise of std {spread:.2f}; the integral says {lecture_sigma(1):.4f}, and one draw does it")
+    print(f"forward: 500 steps of dx = 25^t dw add noise of std {spread:.2f}; the integral gives"
+          f" {lecture_sigma(1):.4f}, and one draw does the same")
+    schedule, rows, worst = NoiseSchedule("eps"), [[], []], 0.0
+    which = nearest(mixture, x0[:400])
     for t in (0, 200, 400, 600, 999):
         sigma = float(SIGMAS[t])
         ve = x0 + sigma * noise
-        vp = q_sample(x0[..., None, None], torch.full((n,), t), noise[..., None, None])[..., 0, 0]  # what the UNet would be fed
+        times = torch.full((n,), t)
+        vp = schedule.q_sample(x0[..., None, None], times, noise[..., None, None])[..., 0, 0]
         worst = max(worst, float((vp - ve / (1 + sigma**2) ** 0.5).abs().max()))
-        for pictures, x, span in ((rows[0], ve, 20), (rows[1], vp, 3.2)):
-            pictures.append(crowd(Plot((-span, span), 164, f"t {t}   sigma {sigma:.2f}"), x[:400], nearest(mixture, x0[:400])))
-    print(f"        x preserving = x exploding / sqrt(1 + sigma^2): largest difference {worst:.0e}")
+        title = f"t {t}   sigma {sigma:.2f}"
+        rows[0].append(draw_points(Plot((-20, 20), 164, title), ve[:400], which))
+        rows[1].append(draw_points(Plot((-3.2, 3.2), 164, title), vp[:400], which))
+    print("        x preserving = x exploding / sqrt(1 + sigma^2): largest difference"
+          f" {worst:.0e}")
     return sheet(rows, down=["exploding", "preserving"], side=180)
 
 
 def nearest(mixture: Mixture, x: Tensor) -> Tensor:
-    """Which Gaussian each point belongs to: (n,)."""
+    """The number of the Gaussian that each point is nearest to: (n,)."""
     return torch.cdist(x, mixture.centres).argmin(1)
 
 
-def crowd(plot: Plot, x: Tensor, which: Tensor) -> Image.Image:
-    for k, color in enumerate(("royalblue", "darkorange", "seagreen")):
+def draw_points(plot: Plot, x: Tensor, which: Tensor) -> Image.Image:
+    for k, color in enumerate(COLORS):
         plot.points(x[which == k], color, r=1.5)
     return plot.image
 
 
 # --- backward ---
 
-def reverse_sde(denoise: Denoise, x: Tensor, sigmas: list[float], draw: Callable[[], Tensor]) -> Iterator[Step]:
-    """Euler-Maruyama. g^2 dt is what sigma^2 loses in the step, so any clock g will do: it is in the sigmas."""
+def reverse_sde(denoise: Denoise, x: Tensor, sigmas: list[float],
+                noise: Noise) -> Iterator[Step]:
+    """Euler-Maruyama steps of the reverse SDE.
+
+    g^2 dt is the part of sigma^2 that the step removes. So the sigmas hold all that g says.
+    """
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-        denoised, lost = denoise(x, sigma), sigma**2 - sigma_next**2
-        x = x + lost * (denoised - x) / sigma**2 + lost**0.5 * draw()
+        denoised, removed = denoise(x, sigma), sigma**2 - sigma_next**2
+        x = x + removed * (denoised - x) / sigma**2 + removed**0.5 * noise()
         yield Step(i, x, denoised)
 
 
-def sample(sampler: Callable[..., Iterator[Step]], denoise: Denoise, sigmas: list[float], n: int) -> Tensor:
-    """n points (n, 2) from pure noise, which starts as in sd.py with the variance of noise and data together."""
-    *_, last = sampler(denoise, (sigmas[0]**2 + 1) ** 0.5 * torch.randn(n, 2), sigmas, lambda: torch.randn(n, 2))
+def sample(sampler: Callable[..., Iterator[Step]], denoise: Denoise, sigmas: list[float],
+           n: int) -> Tensor:
+    """n points (n, 2) from pure noise. As in sd.py it has the variance of data plus noise."""
+    start = (sigmas[0] ** 2 + 1) ** 0.5 * torch.randn(n, 2)
+    *_, last = sampler(denoise, start, sigmas, lambda: torch.randn(n, 2))
     return last.x
 
 
 def weights_and_widths(mixture: Mixture, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of the points that each Gaussian got (3,), and their standard deviation (3,)."""
+    """The share of the points at each Gaussian (3,), and their standard deviation (3,)."""
     groups = [x[nearest(mixture, x) == k] for k in range(3)]
-    return torch.tensor([len(g) / len(x) for g in groups]), torch.stack([(g - g.mean(0)).square().mean().sqrt() for g in groups])
+    shares = torch.tensor([len(group) / len(x) for group in groups])
+    widths = torch.stack([(g - g.mean(0)).square().mean().sqrt() for g in groups])
+    return shares, widths
 
 
 def compare_samplers(mixture: Mixture, n: int, steps: int) -> None:
-    """All ways back end in the same crowd."""
-    fine, clock = karras(steps) + [0.0], [lecture_sigma(1 - i / steps) for i in range(steps + 1)]
-    ways = {"reverse SDE, Euler-Maruyama": (reverse_sde, fine), "... on the lecture's clock, 25^t": (reverse_sde, clock),
-            "ancestral (DDPM): eta 1": (partial(sample_ancestral, eta=1.0), fine), "ODE (DDIM, Euler): eta 0": (sample_ancestral, fine),
-            "ODE, DPM-Solver++ 2M": (sample_dpmpp_2m, karras(20) + [0.0])}
-    print(f"\n{f'{n} points drawn with the exact score':<44}steps   weight of each Gaussian   width of each")
+    """All ways back end in the same distribution."""
+    fine = karras(steps, SIGMAS) + [0.0]
+    clock = [lecture_sigma(1 - i / steps) for i in range(steps + 1)]
+    ways = {
+        "reverse SDE, Euler-Maruyama": (reverse_sde, fine),
+        "... with the lecture's g(t) = 25^t": (reverse_sde, clock),
+        "ancestral (DDPM): eta 1": (partial(sample_euler, eta=1.0), fine),
+        "ODE (DDIM, Euler): eta 0": (sample_euler, fine),
+        "ODE, DPM-Solver++ 2M": (sample_dpmpp_2m, karras(20, SIGMAS) + [0.0]),
+    }
+    print(f"\n{f'{n} points drawn with the exact score':<44}steps   weight of each Gaussian"
+          "   width of each")
+    denoise = partial(exact_denoise, mixture)
     for name, (sampler, sigmas) in ways.items():
-        weights, widths = weights_and_widths(mixture, sample(sampler, partial(exact_denoise, mixture), sigmas, n))
+        weights, widths = weights_and_widths(mixture, sample(sampler, denoise, sigmas, n))
         print(f"{name:<44}{len(sigmas) - 1:>5}     {row(weights)}       {row(widths)}")
     error = (mixture.weights * (1 - mixture.weights) / n).sqrt()
-    print(f"{'the data, and its sampling error':<54}{row(mixture.weights)}       {row(mixture.widths)}\n{'':<52}+-{row(error)}")
+    print(f"{'the data, and its sampling error':<54}{row(mixture.weights)}"
+          f"       {row(mixture.widths)}\n{'':<52}+-{row(error)}")
 
 
 def row(values: Tensor) -> str:
@@ -148,31 +209,56 @@ def row(values: Tensor) -> str:
 
 
 def ddim(denoise: Denoise, x_t: Tensor, sigmas: list[float]) -> Tensor:
-    """The ODE as DDIM's authors write it, variance preserving. Song et al. 2021 (DDIM), equation 12 without noise."""
-    for abar, abar_next in ((1 / (1 + a**2), 1 / (1 + b**2)) for a, b in zip(sigmas, sigmas[1:])):
+    """The ODE as DDIM's authors write it, variance preserving.
+
+    Song et al. 2021 (DDIM), equation 12 without noise.
+    """
+    abars = [1 / (1 + sigma**2) for sigma in sigmas]
+    for abar, abar_next in zip(abars, abars[1:]):
         x0 = denoise(x_t / abar**0.5, ((1 - abar) / abar) ** 0.5)
         eps = (x_t - abar**0.5 * x0) / (1 - abar) ** 0.5
         x_t = abar_next**0.5 * x0 + (1 - abar_next) ** 0.5 * eps
     return x_t
 
 
+def compare_with_ddim(mixture: Mixture) -> None:
+    """DDIM, variance preserving, and the Euler steps of sampler.py are the same steps."""
+    denoise, sigmas = partial(exact_denoise, mixture), karras(20, SIGMAS)
+    x = 14 * torch.randn(1000, 2)
+    *_, last = sample_euler(denoise, x, sigmas, noise=None)
+    x_t = ddim(denoise, x / (1 + sigmas[0] ** 2) ** 0.5, sigmas)
+    difference = (x_t * (1 + sigmas[-1] ** 2) ** 0.5 - last.x).abs().max()
+    print("DDIM on x_t (preserving) and the ODE on x (exploding) move a point to the same place:"
+          f" largest difference {difference:.0e}")
+
+
 def film(mixture: Mixture, n: int, steps: int, frames: int) -> list[Image.Image]:
-    """The same noise taken back by the SDE and by the ODE, in the scale the UNet sees. Arrows: the score. Colours: where each will end."""
-    sigmas, pages, denoise = karras(steps), [], partial(exact_denoise, mixture)
-    start, arrows = (sigmas[0]**2 + 1) ** 0.5 * torch.randn(n, 2), 2.4 * grid(9)
-    paths = [[start, *(step.x for step in sampler(denoise, start, sigmas, lambda: torch.randn(n, 2)))] for sampler in (reverse_sde, sample_ancestral)]
+    """The same noise, taken back by the SDE and by the ODE, scaled as the UNet's input is.
+
+    The arrows are the score. A point's colour is the Gaussian where it will end.
+    """
+    sigmas, denoise = karras(steps, SIGMAS), partial(exact_denoise, mixture)
+    start = (sigmas[0] ** 2 + 1) ** 0.5 * torch.randn(n, 2)
+    paths = []
+    for sampler in (reverse_sde, sample_euler):
+        run_ = sampler(denoise, start, sigmas, lambda: torch.randn(n, 2))
+        paths.append([start, *(step.x for step in run_)])
+    names = ("reverse SDE", "probability-flow ODE")
+    titles = ["colour: where it will end; noise decides",
+              "colour: where it will end; the start decides"]
+    arrows, pages = 2.4 * square_grid(9), []
     for i in torch.linspace(0, steps - 1, frames).round().int().tolist():
-        scale, pictures = (1 + sigmas[i]**2) ** 0.5, []
-        for name, path in zip(("reverse SDE", "probability-flow ODE"), paths):
+        scale, pictures = (1 + sigmas[i] ** 2) ** 0.5, []
+        for name, path in zip(names, paths):
             plot = Plot((-2.6, 2.6), 240, f"{name}   sigma {sigmas[i]:.2f}")
             plot.arrows(arrows, score(mixture, arrows * scale, sigmas[i]), "silver", 13)
-            pictures.append(crowd(plot, path[i] / scale, nearest(mixture, path[-1])))
-        page = sheet([pictures], across=["colour: where it will end; noise decides", "colour: where it will end; the start decides"], side=256)
+            pictures.append(draw_points(plot, path[i] / scale, nearest(mixture, path[-1])))
+        page = sheet([pictures], across=titles, side=256)
         pages.append(page.quantize(16, dither=Image.Dither.NONE))
     return pages
 
 
-def grid(side: int) -> Tensor:
+def square_grid(side: int) -> Tensor:
     """(side^2, 2) points of the square from -1 to 1, row by row from the top."""
     line = torch.linspace(-1, 1, side)
     return torch.cartesian_prod(-line, line).flip(1)
@@ -181,15 +267,21 @@ def grid(side: int) -> Tensor:
 # --- learning ---
 
 def learn(mixture: Mixture, steps: int, sign: int) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Minimise ||eps + sign f||^2 over random points, times and noise, and yield the net f(x_t (n, 2), t (n,)) before each step."""
+    """Minimise ||eps + sign f||^2 over random points, times and noise.
+
+    Yields the network f(x_t (n, 2), t (n,)) before each step, and at the end.
+    """
     torch.manual_seed(1)
-    layers = nn.Sequential(nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
-                           zero(nn.Linear(128, 2)))  # starts at zero, as the UNet does
+    layers = nn.Sequential(
+        nn.Linear(2 + 32, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(),
+        nn.Linear(128, 128), nn.SiLU(),
+        zero_module(nn.Linear(128, 2)))  # starts at zero, as the UNet does
     optimizer = torch.optim.Adam(layers.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, total_iters=steps)
+    rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, total_iters=steps)
 
     def f(x: Tensor, t: Tensor) -> Tensor:
         return layers(torch.cat([x, timestep_embedding(t, 32)], dim=1))
+
     for _ in range(steps):
         yield f
         x, t, sigma, noise = noised(mixture, 256)
@@ -197,12 +289,12 @@ def learn(mixture: Mixture, steps: int, sign: int) -> Iterator[Callable[[Tensor,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        rate.step()
     yield f
 
 
 def noised(mixture: Mixture, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Points x = x_0 + sigma eps (n, 2), their times t (n,) drawn evenly, sigma (n, 1) and eps (n, 2)."""
+    """Points x = x_0 + sigma eps (n, 2), their uniform times t (n,), sigma (n, 1), eps (n, 2)."""
     t, noise = torch.randint(len(SIGMAS), (n,)), torch.randn(n, 2)
     sigma = SIGMAS.float()[t, None]
     return draw_data(mixture, n) + sigma * noise, t, sigma, noise
@@ -214,19 +306,32 @@ def fields(mixture: Mixture, denoise: Denoise) -> list[Image.Image]:
     pictures = []
     for sigma in (0.2, 0.7, 3.0):
         span = max(2.6, 2.2 * sigma)
-        root = log_shares(mixture, span * grid(80), sigma).exp().sum(1).sqrt().reshape(80, 80)  # the root shows the tails
-        plot, points = Plot((-span, span), 240), 0.93 * span * grid(13)
+        density = log_shares(mixture, span * square_grid(80), sigma).exp().sum(1)
+        root = density.sqrt().reshape(80, 80)  # the root shows the tails
+        plot, points = Plot((-span, span), 240), 0.93 * span * square_grid(13)
         plot.background(heat(root, low=0, high=1.5 * float(root.max())))
         plot.arrows(points, (denoise(points, sigma) - points) / sigma**2, "white", 16)
         pictures.append(plot.image.crop((0, 16, 240, 256)))
     return pictures
 
 
+def compare_losses(mixture: Mixture, steps: int) -> None:
+    """The loss with a plus and the loss with a minus train the same network up to its sign."""
+    x, t, *_ = noised(mixture, 1000)
+    *_, score_net = learn(mixture, steps, sign=+1)
+    *_, eps_net = learn(mixture, steps, sign=-1)
+    difference = (score_net(x, t) + eps_net(x, t)).abs().max()
+    print(f"\nthe lecture's two losses, {steps} steps each: f of one = -f of the other, largest"
+          f" difference {difference:.0e}")
+
+
 def watch_learning(mixture: Mixture, steps: int, n: int) -> Image.Image:
-    """Compare the net with the exact answer, -sigma score, on points it never sees; then draw with it."""
+    """Compare the network with the exact answer, -sigma score, on new points; then draw with it."""
     x, t, sigma, noise = noised(mixture, 50000)
-    exact, rows = -sigma * score(mixture, x, sigma), {"exact": fields(mixture, partial(exact_denoise, mixture))}
-    print(f"\n steps   loss ||eps - f||^2   error ||f exact - f||^2   (the exact score's loss: {(noise - exact).square().mean():.4f})")
+    exact, schedule = -sigma * score(mixture, x, sigma), NoiseSchedule("eps")
+    rows = {"exact": fields(mixture, partial(exact_denoise, mixture))}
+    print("\n steps   loss ||eps - f||^2   error ||f exact - f||^2   (the exact score's loss:"
+          f" {(noise - exact).square().mean():.4f})")
     for step, f in enumerate(learn(mixture, steps, sign=-1)):
         if step in (0, 10, 30, 100, 300, 1000, steps):
             with torch.no_grad():
@@ -234,35 +339,31 @@ def watch_learning(mixture: Mixture, steps: int, n: int) -> Image.Image:
             error = (exact - answer).square().mean()
             print(f"{step:>6}   {(noise - answer).square().mean():18.4f}   {error:23.4f}")
             if step in (30, steps):
-                rows[f"{step} steps"] = fields(mixture, denoiser(f, "eps"))
+                rows[f"{step} steps"] = fields(mixture, make_denoiser(f, schedule))
     with torch.no_grad():
-        weights, widths = weights_and_widths(mixture, sample(sample_ancestral, denoiser(f, "eps"), karras(100) + [0.0], n))
+        points = sample(sample_euler, make_denoiser(f, schedule), karras(100, SIGMAS) + [0.0], n)
+    weights, widths = weights_and_widths(mixture, points)
     print(f"{n} points drawn with it: weights {row(weights)}, widths {row(widths)}")
-    return sheet(list(rows.values()), across=["sigma 0.2", "sigma 0.7", "sigma 3"], down=list(rows), side=240).quantize(96)
+    page = sheet(list(rows.values()), across=["sigma 0.2", "sigma 0.7", "sigma 3"],
+                 down=list(rows), side=240)
+    return page.quantize(96)
 
 
-def main(args):
-    torch.set_num_threads(1)  # nets this small gain nothing from more
+def main(args) -> None:
+    torch.set_num_threads(1)  # networks this small gain nothing from more
     torch.manual_seed(0)
     mixture = make_mixture(args.weights)
     n, steps, train_steps = (2000, 50, 60) if args.quick else (20000, 400, 3000)
     save(noising(mixture, n), args.out / "diffusion_forward.png")
     compare_samplers(mixture, n, steps)
-
-    x, sigmas = 14 * torch.randn(1000, 2), karras(20)
-    *_, last = sample_ancestral(partial(exact_denoise, mixture), x, sigmas, draw=None)
-    x_t = ddim(partial(exact_denoise, mixture), x / (1 + sigmas[0]**2) ** 0.5, sigmas)
-    difference = (x_t * (1 + sigmas[-1]**2) ** 0.5 - last.x).abs().max()
-    print(f"DDIM on x_t (preserving) and the ODE on x (exploding) move a particle to the same place: largest difference {difference:.0e}")
-    save_gif(film(mixture, 200, steps, frames=6 if args.quick else 26), args.out / "diffusion.gif")
-
-    x, t, *_ = noised(mixture, 1000)
-    *_, score_net = learn(mixture, train_steps // 10, sign=+1)
-    *_, eps_net = learn(mixture, train_steps // 10, sign=-1)
-    difference = (score_net(x, t) + eps_net(x, t)).abs().max()
-    print(f"\nthe lecture's two losses, {train_steps // 10} steps each: f of one = -f of the other, largest difference {difference:.0e}")
+    compare_with_ddim(mixture)
+    frames = film(mixture, 200, steps, frames=6 if args.quick else 26)
+    save_gif(frames, args.out / "diffusion.gif")
+    compare_losses(mixture, train_steps // 10)
     save(watch_learning(mixture, train_steps, n), args.out / "diffusion_field.png")
 
 
 if __name__ == "__main__":
-    run(main, __doc__, weights=dict(type=float, nargs=3, default=[0.5, 0.3, 0.2], help="of the three Gaussians (default 0.5 0.3 0.2)"))
+    run(main, __doc__, weights=dict(
+        type=float, nargs=3, default=[0.5, 0.3, 0.2],
+        help="of the three Gaussians (default 0.5 0.3 0.2)"))

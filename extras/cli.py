@@ -1,0 +1,477 @@
+"""The command: python sd.py "a red apple".
+
+options.py declares what can be asked. `main` loads the model, draws in batches, and writes
+pictures, GIFs and attention maps.
+"""
+import os
+
+# How often a waiting thread checks for the others before it sleeps. torch reads it when it is
+# imported. The default of 300,000 keeps the others from their core when another program computes
+# there too: a picture of the built-in model took 32 s instead of 1.9 on 2 busy cores, and 1.5
+# either way on 2 idle ones.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import json
+import math
+import re
+import sys
+import warnings
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    import torch  # it takes a second, in which Ctrl-C may come
+except KeyboardInterrupt:
+    sys.exit("sd.py: stopped")
+from PIL import Image
+from tqdm import tqdm
+
+from extras import edit, lowmem, prompts
+from extras.attention_maps import AttentionStore, Word, capture_attention, chosen_words, overlay
+from extras.deepcache import deepcache
+from extras.files import atomic_write, check_new, make_folder, open_tensors, read_image
+from extras.formats import open_checkpoint, save
+from extras.lora import apply_lora
+from extras.options import DTYPES, SMALL, Options, flag, params_text, parse
+from extras.png_info import png_chunk
+from extras.textual_inversion import add_embedding
+from sampler import Step
+from sd import BUILTIN, StableDiffusion, UserError, best_device_and_dtype, num_steps
+
+OFFICIAL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+# --- the command ---
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 2 after an error, 130 after Ctrl-C."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(message)
+        try:
+            run(parse(sys.argv[1:] if words is None else words))
+        except UserError as error:
+            say(error)
+            return 2
+        except KeyboardInterrupt:
+            say("stopped")
+            return 130
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            say("out of memory: try --lowmem, a smaller --width and --height, --batch-size 1, or "
+                "--dtype fp16")
+            return 2
+    return 0
+
+
+def say(message: object) -> None:
+    """A line on stderr, above the progress bar if there is one."""
+    tqdm.write(f"sd.py: {message}", file=sys.stderr)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """A GPU's is an error of its own class; the CPU's is a RuntimeError with one of these texts."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(text in str(error) for text in ("can't allocate memory", "not enough memory"))
+
+
+def run(o: Options) -> None:
+    if o.captions:
+        print_captions(o.ckpt)
+        return
+    if o.prompt is None and o.prompts is None and o.save is None:
+        raise UserError('the following arguments are required: prompt, such as "a red apple"')
+    if o.save is not None:
+        save_model(o)
+    if o.prompt is not None or o.prompts is not None:
+        draw_all(o)
+
+
+def print_captions(ckpt: str | None) -> None:
+    """The captions in the file's metadata, without their styles, which stand behind a comma."""
+    path = BUILTIN if ckpt is None else Path(model_path(ckpt))
+    metadata = open_tensors(path)[1]
+    if "captions" not in metadata:
+        raise UserError(f"{path} does not say what it was trained on")
+    captions = [caption.rpartition(", ") for caption in json.loads(metadata["captions"])]
+    styles = ", ".join(sorted({style for name, _, style in captions if name}))
+    print("\n".join(sorted({name or style for name, _, style in captions})))
+    if styles:
+        say(f'behind a comma, as in "a red apple, {styles.split(", ")[-1]}", may stand: {styles}')
+
+
+def save_model(o: Options) -> None:
+    """Read the model on the CPU, in the precision it is written in, and write it."""
+    path = Path(o.save)
+    make_folder(path.parent)
+    check_new(path)
+    dtype = DTYPES["fp16" if o.dtype is None else o.dtype]
+    if o.embedding:
+        say("learned words are not part of a model's file: give --embedding again when drawing")
+    save(load_model(o, "cpu", dtype, fast=False), path, dtype)
+    print(path)
+
+
+def load_model(
+    o: Options, device: str, dtype: torch.dtype, fast: bool
+) -> StableDiffusion:
+    """The model with its LoRAs and learned words."""
+    path = None if o.ckpt is None else model_path(o.ckpt)
+    load = StableDiffusion.load if fast else load_plain
+    sd = load(path, device, dtype, preset=o.preset, prediction_type=o.prediction)
+    prompts.attach(sd)
+    for lora in o.lora or []:
+        match = re.fullmatch(r"(?s)(.*?)(?::([+-]?\d*\.?\d+))?", lora)
+        apply_lora(sd, lora_path(match[1]), 1.0 if match[2] is None else float(match[2]))
+    for embedding in o.embedding or []:
+        add_embedding(sd, embedding)
+    return sd
+
+
+def load_plain(
+    path: str | None, device: str, dtype: torch.dtype, preset: str | None,
+    prediction_type: str | None,
+) -> StableDiffusion:
+    """As `StableDiffusion.load`, without its speed but with all formats."""
+    path = BUILTIN if path is None else path
+    tensors, preset, metadata = open_checkpoint(path, preset, prediction_type, dtype)
+    with torch.device("meta"):
+        sd = StableDiffusion(preset)
+    sd.metadata = metadata
+    sd.load_weights(tensors, device, dtype)
+    return sd
+
+
+def model_path(ckpt: str) -> str:
+    """A folder of train.py stands for the model in it."""
+    folder = Path(ckpt)
+    if not folder.is_dir() or (folder / "model_index.json").exists():
+        return ckpt
+    if (folder / "model.safetensors").exists():
+        return str(folder / "model.safetensors")
+    if (folder / "lora.safetensors").exists():
+        raise UserError(f"{ckpt} holds a LoRA and no model: give it as --lora {ckpt}")
+    return ckpt
+
+
+def lora_path(lora: str) -> str:
+    """A folder of train.py stands for the LoRA in it; one of peft stays as it is."""
+    file = Path(lora) / "lora.safetensors"
+    return str(file) if file.exists() else lora
+
+
+def pick_device(device: str | None) -> str | None:
+    """Under torchrun each process has a GPU of its own."""
+    if device in (None, "cuda") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+# --- what is asked ---
+
+class Job(NamedTuple):
+    """One picture to draw."""
+    prompt: str
+    seed: int
+    path: Path
+
+
+def check_options(o: Options) -> None:
+    """Raises UserError, before any work, for options that are out of range or do not fit."""
+    try:
+        f"{o.prompt} {o.negative}".encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not valid UTF-8") from error
+    needs = {"strength": "init", "mask": "init", "image_guidance": "init", "words": "attn",
+             "preset": "ckpt"}
+    for name, needed in needs.items():
+        if getattr(o, name) is not None and getattr(o, needed) is None:
+            raise UserError(f"{flag(name)} means nothing without {flag(needed)}: give that too")
+    for name in "batch", "n", "batch_size", "scale":
+        value = getattr(o, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag(name)} must be at least 1, not {value}")
+    if o.deepcache is not None and o.deepcache < 1:
+        raise UserError("the deep blocks must be computed at every step (1), every second (2) or "
+                        f"the like, not {o.deepcache}")
+    if not 0 <= o.seed < 2**63:
+        raise UserError(f"the seed must lie between 0 and 2^63, not {o.seed}")
+    if o.scale > 1 and o.gif is None and o.attn is None:
+        raise UserError("--scale means nothing without --gif or --attn: give one of them too")
+    for name in "prompt", "gif", "attn":
+        if o.prompts is not None and getattr(o, name) is not None:
+            shown = name if name == "prompt" else flag(name)
+            raise UserError(f"--prompts does not go with {shown}: leave one of them out")
+    if o.grid is not None and ranks()[1] > 1:
+        raise UserError("--grid does not go with torchrun: each process draws some of the pictures")
+
+
+def ranks() -> tuple[int, int]:
+    """This process' number and how many there are, as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_jobs(o: Options) -> list[Job]:
+    """The pictures asked for, in the order of their seeds, which are consecutive.
+
+    Raises UserError, before any work, if they cannot be written.
+    """
+    if o.prompts is None:
+        first = Path(file_name(o.prompt) if o.out is None else o.out)
+        paths = output_paths("--out", first, ".png", o.seed, o.n)
+        return [Job(o.prompt, o.seed + i, path) for i, path in enumerate(paths)]
+    folder = Path("pictures" if o.out is None else o.out)
+    make_folder(folder)
+    jobs = []
+    for i, line in enumerate(read_prompts(Path(o.prompts))):
+        seed = o.seed + i * o.n
+        paths = numbered(folder / f"{i:04d}-{file_name(line)}", seed, o.n)
+        jobs += [Job(line, seed + j, path) for j, path in enumerate(paths)]
+    rank, world = ranks()
+    return jobs[rank * len(jobs) // world:(rank + 1) * len(jobs) // world]
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {error}") from error
+    lines = [line.strip() for line in lines if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty: write one prompt a line")
+    return lines
+
+
+def file_name(prompt: str) -> str:
+    """The prompt as a name, at most 100 bytes and .png."""
+    name = re.sub(r"\W+", "-", prompt).strip("-").encode()[:100].decode(errors="ignore")
+    return f"{name or 'picture'}.png"
+
+
+def output_paths(option: str, path: Path, suffix: str, seed: int, n: int) -> list[Path]:
+    """The n files to write. Makes their folder. Raises UserError if they cannot be written."""
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{option} must end in {suffix}, not {path.name!r}")
+    if len(path.name.encode()) > 220 or path.is_dir():
+        raise UserError(f"cannot write {path}: its name is too long, or a folder's")
+    make_folder(path.parent)
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder is not writable")
+    return numbered(path, seed, n)
+
+
+def numbered(path: Path, seed: int, n: int) -> list[Path]:
+    """The path itself, or n of them with the seed of each in its name."""
+    if n == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{seed + i}") for i in range(n)]
+
+
+# --- drawing ---
+
+class Drawn(NamedTuple):
+    """A batch of pictures, and what was seen while they were drawn."""
+    images: list[Image.Image]
+    guesses: list[torch.Tensor]     # of each step, for the GIF
+    maps: AttentionStore
+
+
+class Plan(NamedTuple):
+    """What all batches of a run share."""
+    settings: dict[str, object]     # of `StableDiffusion.resolve_options`
+    image: Image.Image | None
+    mask: Image.Image | None
+    strength: float
+    words: list[Word]               # whose maps are written
+    gifs: dict[Job, Path]
+
+
+def draw_all(o: Options) -> None:
+    check_options(o)
+    jobs = make_jobs(o)
+    gifs = [] if o.gif is None else output_paths("--gif", Path(o.gif), ".gif", o.seed, o.n)
+    grid = [] if o.grid is None else output_paths("--grid", Path(o.grid), ".png", o.seed, 1)
+    image, mask = (None if path is None else read_image(path) for path in (o.init, o.mask))
+    if o.ckpt is None and ranks()[0] == 0:
+        say(f"the built-in model draws {SMALL.size}x{SMALL.size} emoji. For full size, downloaded "
+            f"once: --ckpt {OFFICIAL}")
+    device, dtype = best_device_and_dtype(pick_device(o.device), DTYPES.get(o.dtype))
+    sd = load_model(o, "cpu" if o.lowmem else device, dtype, fast=not o.no_fast)
+    if o.lowmem:
+        lowmem.attach(sd, device)
+    edit.check_inputs(sd, image, mask, o.image_guidance, o.cfg_end)
+    plan = make_plan(sd, o, image, mask, dict(zip(jobs, gifs)))
+    warn(sd, o, plan, jobs)
+
+    batches = make_batches(sd, jobs, o.batch_size)
+    steps = num_steps(plan.settings["steps"], 1.0 if image is None else plan.strength)
+    drawn: list[Image.Image] = []
+    with tqdm(total=len(batches) * steps, unit="step", delay=0.1) as bar:
+        for batch in batches:
+            result = draw_batch(sd, o, plan, batch, bar)
+            write_batch(sd, o, plan, batch, result)
+            drawn += result.images
+    if grid:
+        write(make_grid(drawn), grid[0])
+        print(grid[0])
+
+
+def make_plan(
+    sd: StableDiffusion, o: Options, image: Image.Image | None, mask: Image.Image | None,
+    gifs: dict[Job, Path],
+) -> Plan:
+    """Raises UserError for settings out of range, and for words that the prompt lacks."""
+    settings = sd.resolve_options(**{name: getattr(o, name) for name in edit.SETTINGS})
+    strength = edit.default_strength(sd, mask) if o.strength is None else o.strength
+    words = []
+    if o.attn is not None:
+        wanted = None if o.words is None else o.words.split(",")
+        words = chosen_words(sd.text_encoders[0].tokenizer, o.prompt, wanted)
+        make_folder(Path(o.attn))
+    return Plan(settings, image, mask, strength, words, gifs)
+
+
+def make_batches(sd: StableDiffusion, jobs: list[Job], size: int) -> list[list[Job]]:
+    """Jobs that are neighbours, in batches.
+
+    All of a batch have prompts of as many chunks: next to a longer one a prompt gets empty chunks,
+    which change its picture.
+    """
+    batches = []
+    for _, alike in groupby(jobs, lambda job: prompts.count_chunks(sd, [job.prompt])):
+        alike = list(alike)
+        batches += [alike[i:i + size] for i in range(0, len(alike), size)]
+    return batches
+
+
+def draw_batch(
+    sd: StableDiffusion, o: Options, plan: Plan, batch: list[Job], bar: tqdm
+) -> Drawn:
+    maps, guesses = AttentionStore(), []
+
+    def callback(step: Step) -> None:
+        bar.update()
+        if plan.gifs:
+            guesses.append(step.denoised)
+        if plan.words:
+            maps.step(step)
+
+    with ExitStack() as attached:
+        if plan.words:
+            attached.enter_context(capture_attention(sd.unet, maps))
+        if o.deepcache is not None:
+            attached.enter_context(deepcache(sd.unet, o.deepcache))
+        images = edit.draw(
+            sd, [job.prompt for job in batch], plan.image, plan.mask, plan.strength,
+            o.image_guidance, o.cfg_end, negative_prompt=o.negative, seed=batch[0].seed,
+            callback=callback, **plan.settings)
+    return Drawn(images, guesses, maps)
+
+
+# --- warnings ---
+
+def warn(sd: StableDiffusion, o: Options, plan: Plan, jobs: list[Job]) -> None:
+    """Lines about what is allowed and will hardly be meant."""
+    guidance, width, height = (plan.settings[name] for name in ("guidance", "width", "height"))
+    guides_itself = getattr(sd.preset.unet, "time_cond_proj_dim", None) is not None
+    if o.negative and edit.concat_kind(sd) != "image" and (guidance == 1 or guides_itself):
+        say("the negative prompt does nothing at guidance 1, nor with a model that guides itself")
+    if guidance < 0:
+        say(f"--guidance {guidance:g} leads away from the prompt: use 1 or more")
+    if max(width, height) >= 2 * sd.preset.size:
+        usual = f"{sd.preset.size}x{sd.preset.size}"
+        say(f"the model was trained on {usual}: a picture of {width}x{height} may be a jumble")
+    if o.ckpt is None:
+        unknown = unknown_words(json.loads(sd.metadata["captions"]), {job.prompt for job in jobs})
+        if unknown:
+            say(f"the built-in model was not trained on {', '.join(unknown[:5])}: what it draws "
+                "may be anything (--captions lists what it knows)")
+
+
+# words that say nothing about what is drawn, or that the built-in model knows from no caption
+COMMON = frozenset(
+    "a an the of on in at to by with and or next is are its his her my your this that from for "
+    "photo photograph picture image emoji background left right top bottom middle corner side big "
+    "large small little tiny red orange yellow green blue purple pink brown black white gray grey "
+    "one two three four".split())
+
+
+def unknown_words(captions: list[str], texts: set[str]) -> list[str]:
+    """Of prompts most of whose words stand in no caption: those words."""
+    known = {word for caption in captions for word in re.findall(r"[^\W_]+", caption.lower())}
+    found: dict[str, None] = {}
+    for text in sorted(texts):
+        words = [word for word in re.findall(r"[^\W\d_]+", text.lower())
+                 if len(word) > 1 and word not in COMMON]
+        strange = [word for word in words
+                   if not {word, word.removesuffix("s"), word.removesuffix("es")} & known]
+        if len(strange) > len(words) / 2:
+            found |= dict.fromkeys(strange)
+    return list(found)
+
+
+# --- writing ---
+
+def write_batch(
+    sd: StableDiffusion, o: Options, plan: Plan, batch: list[Job], drawn: Drawn
+) -> None:
+    """The pictures with their settings, and what was asked for beside them."""
+    for i, (job, image) in enumerate(zip(batch, drawn.images)):
+        strength = None if plan.image is None else plan.strength
+        used = asdict(o) | plan.settings | {
+            "prompt": job.prompt, "seed": job.seed, "strength": strength}
+        write(image, job.path, pnginfo=png_chunk(params_text(used)))
+        tqdm.write(str(job.path))
+        if job in plan.gifs:
+            guesses = [guess[i:i + 1] for guess in drawn.guesses[:-1]]
+            frames = [sd.decode_latents(guess)[0] for guess in guesses] + [image]
+            write_gif([enlarged(frame, o.scale) for frame in frames], plan.gifs[job])
+    if plan.words:
+        for job, image, maps in zip(batch, drawn.images, drawn.maps.mean()):
+            write_maps(enlarged(image, o.scale), maps, plan.words, Path(o.attn) / job.path.stem)
+
+
+def write_gif(frames: list[Image.Image], path: Path) -> None:
+    """The last frame, the picture itself, stays longer."""
+    durations = [120] * (len(frames) - 1) + [1500]
+    write(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    tqdm.write(str(path))
+
+
+def write_maps(image: Image.Image, maps: torch.Tensor, words: list[Word], start: Path) -> None:
+    """One file for each word, whose name begins as `start` and says the word and its place."""
+    for word in words:
+        name = re.sub(r"\W", "", word.text)[:40]
+        path = start.with_name(f"{start.name}-{word.tokens[0]}-{name}.png")
+        write(overlay(image, maps[word.tokens].sum(0)), path)
+        tqdm.write(str(path))
+
+
+def enlarged(image: Image.Image, scale: int) -> Image.Image:
+    """Each pixel becomes scale x scale of them."""
+    size = (image.width * scale, image.height * scale)
+    return image if scale == 1 else image.resize(size, Image.Resampling.NEAREST)
+
+
+def make_grid(images: list[Image.Image]) -> Image.Image:
+    """The pictures, all of one size, in rows of about as many as there are rows."""
+    columns = math.ceil(len(images) ** 0.5)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def write(image: Image.Image, path: Path, **options) -> None:
+    """A .png or .gif, whole or not at all."""
+    with atomic_write(path) as temporary:
+        image.save(temporary, path.suffix[1:].upper(), **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

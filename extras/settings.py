@@ -1,0 +1,68 @@
+"""Options of a command, each declared once: as a field of a dataclass.
+
+    steps: int = setting(1000, "steps in all", least=1)     becomes     --steps STEPS
+"""
+import argparse
+import difflib
+from dataclasses import field, fields
+from typing import Any
+
+from sd import UserError
+
+
+def setting(default: object, help: str, old: str = "", least: float | None = None,
+            choices: tuple[str, ...] = (), free: bool = False) -> Any:
+    """A field of a dataclass of settings.
+
+    `old`: a former name of the option, which still works. `least`: the smallest value. `free`: it
+    may change when a run is resumed. A bool is a flag, a list takes one or more values.
+    """
+    return field(default=default, metadata={"help": help, "old": old, "least": least,
+                                            "choices": choices, "free": free})
+
+
+def option(name: str) -> str:
+    """max_grad_norm -> --max-grad-norm"""
+    return "--" + name.replace("_", "-")
+
+
+def parse(kind: type, description: str, args: list[str] | None = None) -> Any:
+    """The command line as a `kind`. Raises UserError for an unknown option or a wrong value."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(kind):
+        how = {"dest": f.name, "default": f.default, "help": f.metadata["help"]}
+        if f.type == list[str]:
+            how |= {"nargs": "+", "required": f.default is None}
+        elif f.type is bool:
+            how |= {"action": "store_true"}
+        else:
+            how |= {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
+            if f.default != "":
+                how["help"] += f" ({f.default})"
+        parser.add_argument(option(f.name), **how)
+        if f.metadata["old"]:
+            how |= {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS, "required": False}
+            parser.add_argument(option(f.metadata["old"]), **how)
+    given, unknown = parser.parse_known_args(args)
+    if unknown:
+        raise UserError(unknown_option(unknown[0], [option(f.name) for f in fields(kind)]))
+    return kind(**vars(given))
+
+
+def unknown_option(given: str, known: list[str]) -> str:
+    """An error message, with the option that was probably meant."""
+    near = difflib.get_close_matches(given.split("=")[0].replace("_", "-"), known, 1)
+    return f"no option is called {given}" + (f": did you mean {near[0]}?" if near else ", see -h")
+
+
+def check_ranges(settings: Any) -> None:
+    """Raises UserError for a value below `least`, or not among the choices."""
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        least, choices = f.metadata["least"], f.metadata["choices"]
+        if least is not None and value < least:
+            raise UserError(f"{option(f.name)} must be at least {least}, not {value}")
+        if choices and value not in choices:
+            known = ", ".join(choice for choice in choices if choice)
+            raise UserError(f"{option(f.name)} takes {known}; not {value!r}")
