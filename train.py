@@ -237,6 +237,7 @@ class UNetLoss(nn.Module):
             save(sd, f"{out}/model.safetensors")
 
     def samples(self, sd: StableDiffusion) -> list[tuple[Image.Image, str]]:
+        """Pictures for a sample sheet, each with its caption."""
         return [(sd.generate(prompt)[0], prompt) for prompt in self.prompts]
 
 
@@ -541,13 +542,13 @@ def resume(s: Settings, state: State, rank: int) -> bool:
 # --- the command ---
 
 def main() -> None:
+    status = 0
     try:
         train(parse(Settings, __doc__))
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        distributed.end_distributed()
+        status = 2
+    distributed.end_process(status)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to import sd, mo
 from extras.cli import output_paths, write
 from extras.diffusers_names import diffusers_name
 from extras.edit import concat_kind
-from extras.files import check_names_and_shapes, on_white, open_tensors, read_image
+from extras.files import on_white, open_tensors, read_image
 from model import UNetConfig, UNetModel, timestep_embedding, zero_module
-from sd import Preset, StableDiffusion, UserError, pixels
+from sd import (
+    LazyTensor,
+    Preset,
+    StableDiffusion,
+    UserError,
+    check_names_and_shapes,
+    pixels,
+)
 
 
 class ControlNet(nn.Module):
@@ -169,8 +176,7 @@ def load(path: str | Path, sd: StableDiffusion) -> ControlNet:
     names = {name: name for name in state}
     if "controlnet_mid_block.weight" in tensors:
         names = {name: diffusers_control_name(name, sd.preset) for name in state}
-    check_fits(path, {name: tensor.shape for name, tensor in tensors.items()},
-               {names[name]: tensor.shape for name, tensor in state.items()}, names)
+    check_fits(path, tensors, {names[name]: tensor for name, tensor in state.items()}, names)
     dtype = sd.unet.out[2].weight.dtype
     for name, tensor in state.items():
         read = tensors[names[name]].read()
@@ -179,19 +185,26 @@ def load(path: str | Path, sd: StableDiffusion) -> ControlNet:
     return control.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def check_fits(path: Path, found: dict[str, torch.Size], wanted: dict[str, torch.Size],
+def check_fits(path: Path, found: dict[str, LazyTensor], wanted: dict[str, Tensor],
                names: dict[str, str]) -> None:
-    """Raises UserError if the file holds no ControlNet of these shapes."""
+    """Raises UserError if the file holds no ControlNet of the wanted shapes.
+
+    `names` are the file's names of our tensors.
+    """
     middle = names["middle_block_out.0.weight"]
     to_k = names["middle_block.1.transformer_blocks.0.attn2.to_k.weight"]
     if middle not in found or to_k not in found:
         raise UserError(f"{path} is no ControlNet: it has no {middle}")
-    if found[to_k] != wanted[to_k]:
-        (width, context_dim), (our_width, our_context_dim) = found[to_k], wanted[to_k]
+    if found[to_k].shape != wanted[to_k].shape:
+        width, context_dim = found[to_k].shape
+        our_width, our_context_dim = wanted[to_k].shape
         raise UserError(f"{path} is for a UNet with {width} channels in the middle and a"
                         f" context_dim of {context_dim}; this one has {our_width} and"
                         f" {our_context_dim}: give the --ckpt that it goes with")
-    check_names_and_shapes(path, found, wanted)
+    try:
+        check_names_and_shapes(found, wanted)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 # --- hints ---

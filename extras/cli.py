@@ -101,7 +101,7 @@ def print_captions(ckpt: str | None) -> None:
     styles = ", ".join(sorted({style for name, _, style in captions if name}))
     print("\n".join(sorted({name or style for name, _, style in captions})))
     if styles:
-        say(f'behind a comma, as in "a red apple, {styles.split(", ")[-1]}", may stand: {styles}')
+        say(f"each also with a style behind a comma: {styles}")
 
 
 def save_model(o: Options) -> None:
@@ -116,9 +116,7 @@ def save_model(o: Options) -> None:
     print(path)
 
 
-def load_model(
-    o: Options, device: str, dtype: torch.dtype, fast: bool
-) -> StableDiffusion:
+def load_model(o: Options, device: str, dtype: torch.dtype, fast: bool) -> StableDiffusion:
     """The model with its LoRAs and learned words."""
     path = None if o.ckpt is None else model_path(o.ckpt)
     load = StableDiffusion.load if fast else load_plain
@@ -160,8 +158,13 @@ def model_path(ckpt: str) -> str:
 
 def lora_path(lora: str) -> str:
     """A folder of train.py stands for the LoRA in it; one of peft stays as it is."""
-    file = Path(lora) / "lora.safetensors"
-    return str(file) if file.exists() else lora
+    folder = Path(lora)
+    if lora == "" or not folder.is_dir() or (folder / "adapter_config.json").exists():
+        return lora
+    if not (folder / "lora.safetensors").exists():
+        raise UserError(f"{lora} holds no LoRA: neither lora.safetensors nor peft's "
+                        "adapter_config.json")
+    return str(folder / "lora.safetensors")
 
 
 def pick_device(device: str | None) -> str | None:
@@ -314,7 +317,8 @@ def draw_all(o: Options) -> None:
         for batch in batches:
             result = draw_batch(sd, o, plan, batch, bar)
             write_batch(sd, o, plan, batch, result)
-            drawn += result.images
+            if grid:
+                drawn += result.images
     if grid:
         write(make_grid(drawn), grid[0])
         print(grid[0])
@@ -385,7 +389,7 @@ def warn(sd: StableDiffusion, o: Options, plan: Plan, jobs: list[Job]) -> None:
     if max(width, height) >= 2 * sd.preset.size:
         usual = f"{sd.preset.size}x{sd.preset.size}"
         say(f"the model was trained on {usual}: a picture of {width}x{height} may be a jumble")
-    if o.ckpt is None:
+    if o.ckpt is None and "captions" in sd.metadata:
         unknown = unknown_words(json.loads(sd.metadata["captions"]), {job.prompt for job in jobs})
         if unknown:
             say(f"the built-in model was not trained on {', '.join(unknown[:5])}: what it draws "

@@ -180,7 +180,7 @@ class Folder(Dataset):
                   file=sys.stderr)
         self.samples = [sample for sample, _ in usable]
         self.sizes = [size for _, size in usable]
-        self.moments: Callable[[int], dict[str, Tensor]] | None = None  # set by cache_latents
+        self.moments: Callable[[int], dict[str, Tensor]] | None = None  # set by encode_once
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -328,7 +328,7 @@ def encode_once(loss_fn: nn.Module, folders: list[Folder], captions: list[str], 
         cache, share = TensorCache(Path(s.cache)), slice(rank, None, world)
         vae_key = fingerprint(sd.vae)
     for folder in folders:
-        cache_latents(folder, cache, vae_key, loss_fn.moments)
+        folder.moments = CachedMoments(folder, cache, vae_key, loss_fn.moments)
         for i in tqdm(range(len(folder))[share], "encoding pictures", disable=hidden(rank)):
             folder.moments(i)
     if s.cache and s.train == "unet":
@@ -340,18 +340,27 @@ def encode_once(loss_fn: nn.Module, folders: list[Folder], captions: list[str], 
     barrier()
 
 
-def cache_latents(folder: Folder, cache: TensorCache, vae_key: str,
-                  moments: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
-    """From now on the folder gives latents, not pixels. They are encoded when first needed.
+class CachedMoments:
+    """i -> mean and log variance (Z, h, w) of the latents of a folder's picture i, by a cache.
 
-    moments: pixels (B, 3, H, W) -> mean and log variance (B, Z, h, w).
+    `encode`: pixels (B, 3, H, W) -> both (B, Z, h, w).
     """
-    def cached(i: int) -> dict[str, Tensor]:
-        def compute() -> dict[str, Tensor]:
-            mean, logvar = moments(folder.pixels(i)[None])
-            return {"mean": mean[0].cpu(), "logvar": logvar[0].cpu()}
-        return cache(f"moments {vae_key} {folder.identity(i)}", compute)
-    folder.moments = cached
+
+    def __init__(self, folder: Folder, cache: TensorCache, vae_key: str,
+                 encode: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        self.folder, self.cache, self.vae_key, self.encode = folder, cache, vae_key, encode
+
+    def __call__(self, i: int) -> dict[str, Tensor]:
+        return self.cache(f"moments {self.vae_key} {self.folder.identity(i)}",
+                          lambda: self.compute(i))
+
+    def compute(self, i: int) -> dict[str, Tensor]:
+        mean, logvar = self.encode(self.folder.pixels(i)[None])
+        return {"mean": mean[0].cpu(), "logvar": logvar[0].cpu()}
+
+    def __getstate__(self) -> dict:
+        """Workers of a DataLoader find everything in the cache and need no VAE."""
+        return vars(self) | {"encode": None}
 
 
 @contextmanager

@@ -160,9 +160,10 @@ def text_encoder_config(cfg: CLIPTextConfig, encoder: str) -> dict:
 
 def tokenizer_files(cfg: CLIPTextConfig) -> dict[str, dict | str]:
     bpe = load_bpe()
+    vocab = dict(sorted(bpe.get_vocab().items(), key=lambda item: item[1]))  # it has no order
     merges = json.loads(bpe.to_str())["model"]["merges"]
     return {
-        "vocab.json": bpe.get_vocab(),
+        "vocab.json": vocab,
         "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
         "tokenizer_config.json": dict(
             tokenizer_class="CLIPTokenizer", model_max_length=cfg.max_position_embeddings,

@@ -5,6 +5,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -33,17 +34,23 @@ def init_distributed(device: str = "") -> tuple[int, int, str]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def end_distributed() -> None:
-    """Leave the process group, if there is one, and end its threads.
+def end_process(status: int) -> None:
+    """Leave the process group and end the process with this exit status, if it is not 0.
 
-    DistributedDataParallel is part of reference cycles and holds the group. It must be gone
-    first: a thread of the group that is still there when Python ends, and then frees a tensor,
-    aborts the process ("terminate called without an active exception").
+    A rank of torchrun always ends here, without Python's own clean-up. Gloo's threads outlive
+    `destroy_process_group`, because caches of FSDP's tensors hold the group. A thread that frees
+    the tensor of its last exchange while Python cleans up would abort the process ("terminate
+    called without an active exception").
     """
-    if dist.is_initialized():
-        gc.collect()
-        dist.destroy_process_group()
-        gc.collect()
+    if not dist.is_initialized():
+        if status:
+            sys.exit(status)
+        return
+    gc.collect()  # ends workers of DataLoaders that are part of reference cycles
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def all_reduce_stats(loss: Tensor, stop: bool, skipped: int) -> tuple[float, bool, int]:

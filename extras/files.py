@@ -39,8 +39,8 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise UserError(f"no such file: {path}")
     try:
         if path.suffix == ".safetensors":
-            return open_safetensors(path)
-        return open_pickle(path), {}
+            return lazy_safetensors(path)
+        return lazy_pickle(path), {}
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is damaged, or holds more than tensors and could run code: "
                         "ask for a .safetensors file of it") from error
@@ -49,7 +49,7 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from error
 
 
-def open_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+def lazy_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     file = safe_open(path, framework="pt")
     read = remapping_reader(path)
     tensors = {}
@@ -78,7 +78,7 @@ def remapping_reader(path: Path, max_bytes: int = 2**27) -> Callable[[str], Tens
     return read
 
 
-def open_pickle(path: Path) -> Tensors:
+def lazy_pickle(path: Path) -> Tensors:
     """.ckpt, .pt and .bin. Raises UserError if the file has another format."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is damaged, or no checkpoint of PyTorch 1.6 or later: "

@@ -32,6 +32,7 @@ from extras.files import (
     save_tensors,
 )
 from extras.hub import resolve_checkpoint
+from extras.memory import keep_freed_memory
 from extras.openclip import from_single_file_layout, official_state_dict
 from sampler import PREDICTIONS
 from sd import Preset, StableDiffusion, UserError, make_network, preset_from_dict, preset_to_dict
@@ -170,6 +171,7 @@ def probe_prediction_type(path: Path, tensors: Tensors, preset: Preset) -> str:
     There noise is nearly the input, and the velocity nearly minus the picture. stable-diffusion.cpp
     tells them apart like this. The weights are read layer by layer and not kept.
     """
+    keep_freed_memory()  # each layer then reuses the last one's: 1.9 s instead of 3 for SD 2
     unet = unet_that_reads(path, tensors, preset)
     cfg = preset.unet
     y = None if cfg.adm_in_channels is None else torch.full((1, cfg.adm_in_channels), 0.5)

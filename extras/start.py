@@ -46,7 +46,7 @@ def with_start_values(tensors: dict[str, LazyTensor], sd: StableDiffusion) -> di
     """The tensors that the model needs: from the file where it has them, else from the model."""
     needed, start = {}, sd.state_dict()
     for name, value in start.items():
-        if name in tensors and tensors[name].shape.numel() == value.numel():
+        if name in tensors and as_matrix(tensors[name].shape) == as_matrix(value.shape):
             needed[name] = tensors[name]
         else:
             needed[name] = LazyTensor(value.shape, partial(start.get, name))
@@ -56,6 +56,11 @@ def with_start_values(tensors: dict[str, LazyTensor], sd: StableDiffusion) -> di
     print_names("start from random weights", new)
     print_names("of the file are not used", [name for name in tensors if name not in start])
     return needed
+
+
+def as_matrix(shape: torch.Size) -> torch.Size:
+    """A 1x1 convolution may be stored as a matrix."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def print_names(what: str, names: list[str], most: int = 10) -> None:

@@ -482,9 +482,10 @@ def test_folders_of_train_py_are_models_and_loras(tiny, tmp_path, capsys):  # no
     ask = "a cat", "--steps", 1, "--out", tmp_path / "o.png", "--ckpt"
     for more in [model], [model, "--lora", lora], [model, "--lora", f"{lora}:0.5"]:
         assert run_cli(capsys, *ask, *more)[0] == 0
-    code, err, _ = run_cli(capsys, *ask, lora)
-    assert code == 2 and f"use --lora {lora}" in err.replace("give it as", "use")
-    assert err.count("\n") == 1
+    for words, said in ([lora], f"{lora} holds a LoRA and no model: give it as --lora {lora}"), \
+            ([model, "--lora", model], f"{model} holds no LoRA"):
+        code, err, _ = run_cli(capsys, *ask, *words)
+        assert code == 2 and said in err and err.count("\n") == 1
 
 
 # --- allowed, but hardly meant ---

@@ -1,5 +1,6 @@
 """extras/data.py: folders of captioned pictures, their order, their crops."""
 import json
+import pickle
 import shutil
 
 import pytest
@@ -85,3 +86,21 @@ def test_text_scope_restores_the_encoders():
     with data_module.text_scope([encoder], 16, (cache, ["k"])):
         assert encoder.encode is not own
     assert encoder.encode is own
+
+
+def test_folder_with_latents_can_be_sent_to_a_worker(five):  # noqa: F811
+    """Where processes are spawned, as on macOS, it is pickled: the cached latents, not the VAE."""
+    folder, calls = Folder([str(five)], [(16, 16)], 2, 0), []
+
+    def encode(pixels):
+        calls.append(len(pixels))
+        return pixels.float(), -pixels.float()
+
+    cache = data_module.TensorCache(None)
+    folder.moments = data_module.CachedMoments(folder, cache, "", encode)
+    for i in range(len(folder)):
+        folder.moments(i)
+    sent = pickle.loads(pickle.dumps(folder))
+    batch, other = next(folder.batches(0, 1)), next(sent.batches(0, 1))
+    assert calls == [1] * 5
+    assert all(torch.equal(a, b) for a, b in zip(batch.moments, other.moments, strict=True))

@@ -24,6 +24,8 @@ from tests.common import (
     their_picture,
 )
 
+pytestmark = pytest.mark.filterwarnings(     # diffusers with numpy 2
+    "ignore:__array__ implementation:DeprecationWarning")
 NEGATIVE = PROMPTS["negative_prompt"]
 INPUTS = {"sd2": {}, "sdxl": {}, "sd1-inpaint": dict(image=photograph(), mask=disc_mask()),
           "instruct-pix2pix": dict(image=photograph())}
@@ -41,13 +43,13 @@ MASK_LATENTS = torch.from_numpy(redrawn(disc_mask())[::8, ::8]).float()
 
 @pytest.mark.parametrize("strength", [0.5, 0.8])
 @pytest.mark.parametrize("name, spacing", [("ddim", "leading"), ("euler", "linspace")])
-def test_picture_from_picture_matches_diffusers(name, spacing, strength, monkeypatch):
+def test_picture_from_picture_matches_diffusers(name, spacing, strength):
     """They sample the VAE, then draw the noise, and so do we."""
     sd, pipe = small_pair("eps", diffusers.StableDiffusionImg2ImgPipeline)
     pipe.scheduler = make_scheduler(name, spacing)
-    theirs = their_picture(pipe, negative_prompt=NEGATIVE, num_inference_steps=10,
+    theirs = their_picture(pipe, negative_prompt=NEGATIVE, num_inference_steps=30,
                            guidance_scale=7.5, image=photograph(), strength=strength)
-    ours = our_picture(sd, draw=edit.draw, negative_prompt=NEGATIVE, steps=10, guidance=7.5,
+    ours = our_picture(sd, draw=edit.draw, negative_prompt=NEGATIVE, steps=30, guidance=7.5,
                        sampler=name, timestep_spacing=spacing, image=photograph(),
                        strength=strength)
     assert_agree(ours, theirs, 100)

@@ -533,6 +533,27 @@ def test_configs_that_do_not_fit_are_refused(rows, tmp_path):  # noqa: F811
         assert_one_line(lambda: load(path), "a.safetensors has a config in its metadata that does")
 
 
+@pytest.mark.parametrize("name", ["sd1", "sd2"])
+def test_tensors_may_be_missing_if_asked(rows, tmp_path, name):  # noqa: F811
+    """As training from parts of a model needs it: in folders and in single files."""
+    rows(name)
+    folder, file = their_folder(name, tmp_path / "f"), tmp_path / "a.safetensors"
+    sd = load(folder)
+    save(sd, file)
+    config = {"config": json.dumps(preset_to_dict(sd.preset))}
+    for path in folder / "text_encoder/model.safetensors", file:
+        tensors = load_file(path)
+        lost = next(key for key in tensors if key.endswith(("mlp.fc1.bias", "mlp.c_fc.bias")))
+        save_file({key: tensor for key, tensor in tensors.items() if key != lost}, path,
+                  config)
+    for path in folder, file:
+        tensors, preset, _ = formats.open_checkpoint(path, strict=False)
+        wanted = on_meta(StableDiffusion, preset).state_dict()
+        missing = [key for key in wanted if key not in tensors]
+        assert len(missing) == 1 and missing[0].endswith("mlp.fc1.bias")
+        assert tensors.keys() < wanted.keys()
+
+
 # --- which preset ---
 
 def test_a_preset_by_hand(rows, tmp_path, capsys):  # noqa: F811

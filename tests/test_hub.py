@@ -31,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FP16 = dict(variant="fp16")
-# Seconds that a client waits for an answer. By default it waits 10, and gives up when a busy machine
-# lets the server, a thread of this process, wait for longer: "the download stopped (timed out)".
+# Seconds that a client waits for an answer. The default is 10. The server is a thread of this
+# process, and may need longer on a busy machine: "the download stopped (timed out)".
 PATIENCE = 300
 
 

@@ -1,21 +1,30 @@
-"""Does the built-in model draw what it is asked? Run data/emoji/prepare.py first, and classify.py for the second judge.
+"""Does the built-in model draw what the prompt asks for?
 
-    python data/emoji/evaluate.py [--ckpt FILE] [--n 200] [--guidance G] [--steps N]    prints the table
-    python data/emoji/evaluate.py --sheet docs/emoji.png                                draws 24 prompts instead
+    python data/emoji/evaluate.py [--ckpt FILE] [--n 200] [--guidance G] [--steps N]
+    python data/emoji/evaluate.py --sheet docs/emoji.png
 
-n prompts of each kind, drawn at random with a fixed seed, one picture each with the default settings (picture i from seed i):
+The first prints a table, the second draws 24 prompts. Run data/emoji/prepare.py first, and
+classify.py for the second judge.
+
+There are n prompts of each kind, chosen at random with a fixed seed. Each is drawn once with the
+default settings, picture i from seed i:
     captions    of train/
-    synonyms    words of synonyms.txt, which stand in no caption (vectors.py has the rule)
-    colours     "a blue cat": a colour and an object that compose.py sets aside, and that is not the object's own colour
+    synonyms    words of synonyms.txt, which are in no caption (vectors.py has the rule)
+    colours     "a blue cat": a colour and an object that compose.py sets aside; it is not the
+                object's own colour
     pairs       "a cat next to a dog": two objects that compose.py sets aside
-    numbers     "three stars"; these and the next may have been trained on
+    numbers     "three stars"; these and the places may have been trained on
     places      "a dog on the left"
-Two judges, each beside what it says of true pictures (composed as the prompt says, then through the model's VAE and back): the most that can be reached.
-    nearest     the nearest by L2 at 16x16 RGB. Captions and synonyms: of all pictures of train/. Colours and pairs: what is not white is cut out and
-                brought to full size first; shape is right if of all objects in that colour the asked one is nearest, hue if of that object
-                in all colours the asked one is; a pair, if left and right half each are nearest to their own object, either way round. Numbers and
-                places: each square of 30 pixels where one is asked for, the whole picture if all of them are right.
-    classifier  the same questions to classify.py's net.
+Two judges look at them. Beside each answer stands what the judge says of true pictures (composed as
+the prompt says, then encoded and decoded by the model's VAE): the most that can be reached.
+    nearest     the nearest by L2 at 16x16 RGB. Captions and synonyms: of all pictures of train/.
+                Colours and pairs: what is not white is cropped and scaled to full size first. The
+                shape is right if the object is the nearest of all objects in that colour, the hue
+                if the colour is the nearest of that object in all colours. A pair is right if the
+                left and the right half are each nearest to their own object, in either order.
+                Numbers and places: each square of 30 pixels where one is asked for; the whole
+                picture is right if all of them are.
+    classifier  the same questions, asked of classify.py's network.
 """
 import argparse
 import json
@@ -24,100 +33,172 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, product
-from pathlib import Path
 
 import numpy as np
 import torch
-from classify import FILE, cut_out, load_emoji, load_judge
-from compose import COLOURS, NUMBERS, PLACES, arrange, fits, moved, on_ground, pair, recolour, set_aside
+from classify import FILE, cut_out, load_judge
+from compose import (
+    COLOURS,
+    NUMBERS,
+    PLACES,
+    Emoji,
+    arrange,
+    fits,
+    load_emoji,
+    moved,
+    on_background,
+    pair,
+    recolour,
+    set_aside,
+)
 from PIL import Image, ImageDraw
 from prepare import HERE, STYLES, with_article
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(HERE.parents[1]))
-from sd import StableDiffusion, pixels  # noqa: E402
 
-CAPTIONS = ["a red apple", "pizza, twemoji", "a rocket", "cat face, noto", "a sunflower", "an octopus", "a penguin, twemoji", "a guitar",
-            "a red heart", "smiling face with sunglasses, noto", "a crown", "a snowman"]
-OTHERS = ["a blue cat", "an orange guitar", "a green butterfly", "a red octopus", "two green frogs", "a kitten", "a burger",
-          "a blue heart next to a red apple", "three stars", "a rocket on a blue background", "a small dog on the left", "a cat next to a dog"]
-BARS = {"captions: name": 60, "captions: name, of the nearest five": 80, "captions: style": 90, "synonyms: name, of the nearest five": 30,
-        "colours: hue and shape": 60, "colours: hue": None, "colours: shape": None, "pairs: both halves": 40, "pairs: one half or both": None,
-        "numbers: all of them": None, "numbers: one or more": None, "places: there and right": None}  # %
-KINDS = ("captions", "synonyms", "colours", "pairs", "numbers", "places")  # of what is asked
-Emoji = dict[tuple[str, str], Image.Image]  # (name, style): RGBA
+from sd import StableDiffusion, pixels
+
+CAPTIONS = [
+    "a red apple", "pizza, twemoji", "a rocket", "cat face, noto", "a sunflower", "an octopus",
+    "a penguin, twemoji", "a guitar", "a red heart", "smiling face with sunglasses, noto",
+    "a crown", "a snowman"]
+OTHERS = [
+    "a blue cat", "an orange guitar", "a green butterfly", "a red octopus", "two green frogs",
+    "a kitten", "a burger", "a blue heart next to a red apple", "three stars",
+    "a rocket on a blue background", "a small dog on the left", "a cat next to a dog"]
+BARS = {  # the rows of the table, and the % that was aimed at
+    "captions: name": 60, "captions: name, of the nearest five": 80, "captions: style": 90,
+    "synonyms: name, of the nearest five": 30,
+    "colours: hue and shape": 60, "colours: hue": None, "colours: shape": None,
+    "pairs: both halves": 40, "pairs: one half or both": None,
+    "numbers: all of them": None, "numbers: one or more": None,
+    "places: there and right": None}
+KINDS = ("captions", "synonyms", "colours", "pairs", "numbers", "places")
+Images = list[Image.Image]
 
 
 @dataclass
 class Asked:
     """A prompt, what it asks for, and a true picture of it."""
     prompt: str
-    names: list[str]  # one of them; of a pair, both
+    names: list[str]  # one of them is asked for; of a pair, both
     picture: Image.Image
     style: str = ""
     colour: str = ""
-    spots: tuple[tuple[int, int], ...] = ()  # where the things are to be
+    spots: tuple[tuple[int, int], ...] = ()  # the centres of the things
 
 
 # --- what is asked ---
 
 def ask(kind: str, n: int, emoji: Emoji, captions: list[str] | None = None) -> list[Asked]:
-    """n different prompts of a kind (fewer if there are not so many), the same for the same arguments."""
+    """n different prompts of a kind, or all there are; the same for the same arguments."""
     rng = random.Random(f"0 {kind}")
     names = sorted({name for name, _ in emoji})
     if kind == "captions":
-        known = {f"{name}, {style}": (name, style) for name, style in emoji}
-        chosen = [known[caption] for caption in captions or known if caption in known]
-        return [Asked(f"{name}, {style}", [name], on_ground(moved(emoji[name, style], 0.92, rng)), style)
-                for name, style in rng.sample(chosen, min(n, len(chosen)))]
+        return ask_captions(n, emoji, captions, rng)
     if kind == "synonyms":
-        lines = [line.split(": ") for line in (HERE / "synonyms.txt").read_text().splitlines()]
-        lines = [(word, of.split(", ")) for word, of in lines if all((name, "3d") in emoji for name in of.split(", "))]
-        return [Asked(word, of, on_ground(moved(emoji[rng.choice(of), "3d"], 0.92, rng))) for word, of in rng.sample(lines, min(n, len(lines)))]
+        return ask_synonyms(n, emoji, rng)
     if kind == "colours":
-        facts = [(colour, name) for colour, name in product(COLOURS, names) if fits(name, "colour") and set_aside(colour, name)]
-        rng.shuffle(facts)
-        facts = [(colour, name, rng.choice(list(STYLES))) for colour, name in facts]
-        facts = islice(((colour, name, style) for colour, name, style in facts if colour != own_colour(emoji[name, style])), n)
-        return [Asked(said(with_article(f"{colour} {name}"), style), [name], on_ground(moved(recolour(emoji[name, style], colour), 0.92, rng)), style, colour)
-                for colour, name, style in facts]
-    if kind in ("numbers", "places"):
-        able, asked = [name for name in names if fits(name, kind[:-1])], []
-        for name in rng.sample(able, min(n, len(able))):
-            style = rng.choice(list(STYLES))
-            picture, (phrase, *_) = arrange(kind[:-1], [emoji[name, style]], [name], rng)
-            spots = NUMBERS[phrase.split()[0]] if kind == "numbers" else [PLACES[phrase.removeprefix(with_article(name) + " ")]]
-            asked.append(Asked(said(phrase, style), [name], on_ground(picture), style, spots=tuple(spots)))
-        return asked
-    pairs = [(a, b) for a, b in product(names, names) if a != b and fits(a, kind) and fits(b, kind) and set_aside(a, b)]
-    return [Asked(said(f"{with_article(a)} next to {with_article(b)}", style), [a, b], on_ground(pair(emoji[a, style], emoji[b, style])), style)
-            for (a, b), style in ((fact, rng.choice(list(STYLES))) for fact in rng.sample(pairs, min(n, len(pairs))))]
+        return ask_colours(n, emoji, names, rng)
+    if kind == "pairs":
+        return ask_pairs(n, emoji, names, rng)
+    return ask_spots(kind, n, emoji, names, rng)
 
 
-def said(phrase: str, style: str) -> str:
-    """No style word means 3d."""
+def ask_captions(n: int, emoji: Emoji, captions: list[str] | None,
+                 rng: random.Random) -> list[Asked]:
+    known = {f"{name}, {style}": (name, style) for name, style in emoji}
+    able = [known[caption] for caption in captions or known if caption in known]
+    return [Asked(f"{name}, {style}", [name], true_picture(emoji[name, style], rng), style)
+            for name, style in rng.sample(able, min(n, len(able)))]
+
+
+def ask_synonyms(n: int, emoji: Emoji, rng: random.Random) -> list[Asked]:
+    lines = [line.split(": ") for line in (HERE / "synonyms.txt").read_text().splitlines()]
+    able = [(word, of.split(", ")) for word, of in lines
+            if all((name, "3d") in emoji for name in of.split(", "))]
+    return [Asked(word, of, true_picture(emoji[rng.choice(of), "3d"], rng))
+            for word, of in rng.sample(able, min(n, len(able)))]
+
+
+def ask_colours(n: int, emoji: Emoji, names: list[str], rng: random.Random) -> list[Asked]:
+    facts = [(colour, name) for colour, name in product(COLOURS, names)
+             if fits(name, "colour") and set_aside(colour, name)]
+    rng.shuffle(facts)
+    facts = [(colour, name, rng.choice(list(STYLES))) for colour, name in facts]
+    able = ((colour, name, style) for colour, name, style in facts
+            if colour != own_colour(emoji[name, style]))
+    asked = []
+    for colour, name, style in islice(able, n):
+        prompt = with_style(with_article(f"{colour} {name}"), style)
+        picture = true_picture(recolour(emoji[name, style], colour), rng)
+        asked.append(Asked(prompt, [name], picture, style, colour))
+    return asked
+
+
+def ask_pairs(n: int, emoji: Emoji, names: list[str], rng: random.Random) -> list[Asked]:
+    facts = [(a, b) for a, b in product(names, names)
+             if a != b and fits(a, "pairs") and fits(b, "pairs") and set_aside(a, b)]
+    asked = []
+    for a, b in rng.sample(facts, min(n, len(facts))):
+        style = rng.choice(list(STYLES))
+        prompt = with_style(f"{with_article(a)} next to {with_article(b)}", style)
+        picture = on_background(pair(emoji[a, style], emoji[b, style]))
+        asked.append(Asked(prompt, [a, b], picture, style))
+    return asked
+
+
+def ask_spots(kind: str, n: int, emoji: Emoji, names: list[str],
+              rng: random.Random) -> list[Asked]:
+    """Numbers and places."""
+    able, asked = [name for name in names if fits(name, kind[:-1])], []
+    for name in rng.sample(able, min(n, len(able))):
+        style = rng.choice(list(STYLES))
+        picture, (phrase, *_) = arrange(kind[:-1], [emoji[name, style]], [name], rng)
+        if kind == "numbers":
+            spots = NUMBERS[phrase.split()[0]]
+        else:
+            spots = [PLACES[phrase.removeprefix(with_article(name) + " ")]]
+        asked.append(Asked(with_style(phrase, style), [name], on_background(picture), style,
+                           spots=tuple(spots)))
+    return asked
+
+
+def true_picture(rgba: Image.Image, rng: random.Random) -> Image.Image:
+    return on_background(moved(rgba, 0.92, rng))
+
+
+def with_style(phrase: str, style: str) -> str:
+    """A prompt that names no style means 3d."""
     return phrase if style == "3d" else f"{phrase}, {style}"
 
 
 def own_colour(rgba: Image.Image) -> str:
     """The colour that changes the object least."""
-    own = feature(on_ground(rgba))
-    return min(COLOURS, key=lambda colour: np.square(feature(on_ground(recolour(rgba, colour))) - own).sum())
+    own = feature(on_background(rgba))
+
+    def change(colour: str) -> float:
+        return np.square(feature(on_background(recolour(rgba, colour))) - own).sum()
+    return min(COLOURS, key=change)
 
 
 # --- the first judge: the nearest picture ---
 
 def feature(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel() / 255
+    """The picture at 16x16, values in [0, 1]."""
+    small = image.resize((16, 16), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32).ravel() / 255
 
 
-def halves(image: Image.Image) -> list[Image.Image]:
+def halves(image: Image.Image) -> Images:
     return [image.crop((x, 0, x + 32, 64)) for x in (0, 32)]
 
 
 def around(image: Image.Image, spot: tuple[int, int]) -> Image.Image:
-    return image.crop((spot[0] - 15, spot[1] - 15, spot[0] + 15, spot[1] + 15))
+    x, y = spot
+    return image.crop((x - 15, y - 15, x + 15, y + 15))
 
 
 class Nearest:
@@ -125,41 +206,51 @@ class Nearest:
 
     def __init__(self, emoji: Emoji):
         self.emoji, self.keys = emoji, list(emoji)
-        self.whole = np.stack([feature(on_ground(rgba)) for rgba in emoji.values()])
-        self.cut = np.stack([feature(cut_out(on_ground(rgba))) for rgba in emoji.values()])
-        self.coloured = {}
+        on_white = [on_background(rgba) for rgba in emoji.values()]
+        self.whole = np.stack([feature(image) for image in on_white])
+        self.cut = np.stack([feature(cut_out(image)) for image in on_white])
+        self.coloured: dict[str, np.ndarray] = {}
 
     def of_colour(self, colour: str) -> np.ndarray:
         if colour not in self.coloured:
-            self.coloured[colour] = np.stack([feature(cut_out(on_ground(recolour(rgba, colour)))) for rgba in self.emoji.values()])
+            self.coloured[colour] = np.stack(
+                [feature(cut_out(on_background(recolour(rgba, colour))))
+                 for rgba in self.emoji.values()])
         return self.coloured[colour]
 
     def names(self, image: Image.Image) -> list[tuple[str, str]]:
         """(name, style) of the nearest five."""
-        return [self.keys[j] for j in np.square(self.whole - feature(image)).sum(1).argsort()[:5]]
+        distances = np.square(self.whole - feature(image)).sum(1)
+        return [self.keys[j] for j in distances.argsort()[:5]]
 
     def style(self, image: Image.Image) -> str:
         return self.names(image)[0][1]
 
     def shape(self, image: Image.Image, colour: str) -> str:
-        return self.keys[np.square(self.of_colour(colour) - feature(cut_out(image))).sum(1).argmin()][0]
+        distances = np.square(self.of_colour(colour) - feature(cut_out(image))).sum(1)
+        return self.keys[distances.argmin()][0]
 
     def hue(self, image: Image.Image, name: str) -> str:
-        cut, rows = feature(cut_out(image)), [j for j, key in enumerate(self.keys) if key[0] == name]
-        return min(COLOURS, key=lambda colour: np.square(self.of_colour(colour)[rows] - cut).sum(1).min())
+        cut, rows = feature(cut_out(image)), [j for j, key in enumerate(self.keys)
+                                              if key[0] == name]
+
+        def distance(colour: str) -> float:
+            return np.square(self.of_colour(colour)[rows] - cut).sum(1).min()
+        return min(COLOURS, key=distance)
 
     def half(self, image: Image.Image) -> str:
-        return self.keys[np.square(self.cut - feature(cut_out(image))).sum(1).argmin()][0]
+        distances = np.square(self.cut - feature(cut_out(image))).sum(1)
+        return self.keys[distances.argmin()][0]
 
 
-# --- the second: classify.py's net ---
+# --- the second judge: classify.py's network ---
 
 class Classifier:
-    """The same questions to the net."""
+    """Answers the same questions by the network."""
 
     def __init__(self, emoji: Emoji):
         self.all = sorted({name for name, _ in emoji})
-        self.net = load_judge(len(self.all))  # as classify.py numbers them
+        self.net = load_judge(len(self.all))  # numbered as in classify.py
 
     @torch.no_grad()
     def scores(self, image: Image.Image) -> list[Tensor]:
@@ -175,35 +266,50 @@ class Classifier:
         return self.names(image)[0][0]
 
     def hue(self, image: Image.Image, name: str) -> str:
-        return ["", *COLOURS][1 + self.scores(image)[2][1:].argmax()]
+        return list(COLOURS)[self.scores(image)[2][1:].argmax()]  # 0 is the object's own
 
     def half(self, image: Image.Image) -> str:
         return self.names(image)[0][0]
 
 
-def right(kind: str, judge: Nearest | Classifier, asked: Asked, image: Image.Image) -> dict[str, bool]:
-    """The judge's answers to the rows of the table that are about this kind."""
+def right(kind: str, judge: Nearest | Classifier, asked: Asked,
+          image: Image.Image) -> dict[str, bool]:
+    """The judge's answers for the rows of the table that are about this kind."""
     if kind == "colours":
-        hue, shape = judge.hue(image, asked.names[0]) == asked.colour, judge.shape(image, asked.colour) in asked.names
-        return {"colours: hue and shape": hue and shape, "colours: hue": hue, "colours: shape": shape}
+        hue = judge.hue(image, asked.names[0]) == asked.colour
+        shape = judge.shape(image, asked.colour) in asked.names
+        return {"colours: hue and shape": hue and shape, "colours: hue": hue,
+                "colours: shape": shape}
     if kind == "pairs":
         found = [judge.half(half) for half in halves(image)]
-        hits = max(sum(f == name for f, name in zip(found, order)) for order in (asked.names, asked.names[::-1]))
+        hits = max(sum(f == name for f, name in zip(found, order))
+                   for order in (asked.names, asked.names[::-1]))
         return {"pairs: both halves": hits == 2, "pairs: one half or both": hits > 0}
     if kind in ("numbers", "places"):
         found = [judge.half(around(image, spot)) in asked.names for spot in asked.spots]
-        return {"numbers: all of them": all(found), "numbers: one or more": any(found)} if kind == "numbers" else {"places: there and right": found[0]}
+        if kind == "places":
+            return {"places: there and right": found[0]}
+        return {"numbers: all of them": all(found), "numbers: one or more": any(found)}
     names = [name for name, _ in judge.names(image)]
     five = {f"{kind}: name, of the nearest five": any(name in asked.names for name in names)}
-    return five if kind == "synonyms" else {"captions: name": names[0] in asked.names, **five, "captions: style": judge.style(image) == asked.style}
+    if kind == "synonyms":
+        return five
+    return {"captions: name": names[0] in asked.names, **five,
+            "captions: style": judge.style(image) == asked.style}
 
 
 # --- the table ---
 
-def table(draw: Callable[[list[str]], list[Image.Image]], vae: Callable[[list[Image.Image]], list[Image.Image]], n: int, emoji: Emoji,
-          captions: list[str] | None = None) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """For each row of BARS the % right: nearest, nearest of true pictures, classifier, classifier of true pictures; and the distances."""
-    judges = [Nearest(emoji)] + ([Classifier(emoji)] if FILE.exists() else [])
+def table(draw: Callable[[list[str]], Images], vae: Callable[[Images], Images], n: int,
+          emoji: Emoji, captions: list[str] | None = None
+          ) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """For each row of BARS the % right, and for each kind the median distance.
+
+    The percentages: nearest, nearest of true pictures, classifier, classifier of true pictures.
+    """
+    judges = [Nearest(emoji)]
+    if FILE.exists():
+        judges.append(Classifier(emoji))
     rows, apart = {}, {}
     for kind in KINDS:
         asked = ask(kind, n, emoji, captions)
@@ -211,11 +317,21 @@ def table(draw: Callable[[list[str]], list[Image.Image]], vae: Callable[[list[Im
         for judge, images in product(judges, (drawn, true)):
             answers = [right(kind, judge, a, image) for a, image in zip(asked, images)]
             for row in answers[0]:
-                rows.setdefault(row, []).append(100 * sum(answer[row] for answer in answers) / len(answers))
-        apart[kind] = float(np.median([distances(judges[0].whole, image).min() for image in drawn]))
-    apart["styles of one emoji"] = float(np.median([distances(judges[0].whole[[judges[0].keys.index((name, other)) for other in STYLES if other != style]],
-                                                              on_ground(rgba)).min() for (name, style), rgba in emoji.items()]))
+                share = sum(answer[row] for answer in answers) / len(answers)
+                rows.setdefault(row, []).append(100 * share)
+        apart[kind] = median_distance([(judges[0].whole, image) for image in drawn])
+    others = []
+    for (name, style), rgba in emoji.items():
+        keys = [(name, other) for other in STYLES if other != style]
+        features = judges[0].whole[[judges[0].keys.index(key) for key in keys]]
+        others.append((features, on_background(rgba)))
+    apart["styles of one emoji"] = median_distance(others)
     return rows, apart
+
+
+def median_distance(pairs: list[tuple[np.ndarray, Image.Image]]) -> float:
+    """The median of the distances of pictures to the nearest of their features."""
+    return float(np.median([distances(features, image).min() for features, image in pairs]))
 
 
 def distances(features: np.ndarray, image: Image.Image) -> np.ndarray:
@@ -223,49 +339,67 @@ def distances(features: np.ndarray, image: Image.Image) -> np.ndarray:
     return 255 * np.square(features - feature(image)).mean(1) ** 0.5
 
 
+# --- the script ---
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="default: the built-in model")
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--sampler")
-    parser.add_argument("--sheet", help="write a contact sheet here and stop")
+    parser.add_argument("--sheet", help="write a sheet of 24 prompts here and stop")
     args = parser.parse_args()
     sd = StableDiffusion.load(args.ckpt)
-    settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
+    options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
     if args.sheet:
-        contact_sheet(sd, settings).save(args.sheet)
+        contact_sheet(sd, options).save(args.sheet)
         return
     emoji = load_emoji()
     if not emoji:
-        sys.exit("no pictures: run data/emoji/prepare.py first")
+        sys.exit("evaluate.py: no pictures: run data/emoji/prepare.py first")
 
-    def draw(prompts: list[str]) -> list[Image.Image]:
-        return [image for i in tqdm(range(0, len(prompts), 10)) for image in sd.generate(prompts[i:i + 10], seed=i, **settings)]
+    def draw(prompts: list[str]) -> Images:
+        images = []
+        for i in tqdm(range(0, len(prompts), 10)):
+            images += sd.generate(prompts[i:i + 10], seed=i, **options)
+        return images
 
-    def through_vae(images: list[Image.Image]) -> list[Image.Image]:
+    def through_vae(images: Images) -> Images:
         return [sd.decode_latents(sd.encode_image([image]))[0] for image in images]
 
-    rows, apart = table(draw, through_vae, args.n, emoji, json.loads(sd.metadata.get("captions", "[]")))
+    captions = json.loads(sd.metadata.get("captions", "[]"))
+    print_table(*table(draw, through_vae, args.n, emoji, captions))
+
+
+def print_table(rows: dict[str, list[float]], apart: dict[str, float]) -> None:
     print(f"{'':36}{'bar':>6}  {'nearest':>8} {'(true)':>7}   classifier (true)")
     for row, bar in BARS.items():
         nearest, of_true, *other = rows[row]
+        second = f"{other[0]:5.1f}% {other[1]:5.1f}%" if other else "run classify.py"
         print(f"{row:36}{'' if bar is None else f'{bar}%':>6}  {nearest:7.1f}% {of_true:6.1f}%"
-              + (f"      {other[0]:5.1f}% {other[1]:5.1f}%" if other else "      run classify.py"))
+              f"      {second}")
+    kinds = ("captions", "synonyms", "colours", "pairs")
     print("Median distance at 16x16, in 255ths, of a drawn picture to the nearest of train/: "
-          + ", ".join(f"{kind} {apart[kind]:.1f}" for kind in ("captions", "synonyms", "colours", "pairs"))
-          + f"; of a picture of train/ to the nearest other style of its emoji: {apart['styles of one emoji']:.1f}")
+          + ", ".join(f"{kind} {apart[kind]:.1f}" for kind in kinds)
+          + "; of a picture of train/ to the nearest other style of its emoji:"
+          f" {apart['styles of one emoji']:.1f}")
 
 
-def contact_sheet(sd: StableDiffusion, settings: dict) -> Image.Image:
-    """Twelve training captions above twelve other prompts, of which at least the colours, words and pairs set aside were never shown, from seed 0."""
-    side, text = 2 * sd.config.size, 16
+def contact_sheet(sd: StableDiffusion, options: dict) -> Image.Image:
+    """Twelve training captions above twelve other prompts, all from seed 0.
+
+    The colours, synonyms and pairs among the others were never trained on.
+    """
+    side, text = 2 * sd.preset.size, 16
     page = Image.new("RGB", (6 * side, 4 * (side + text)), "white")
+    pen = ImageDraw.Draw(page)
     for i, prompt in enumerate(CAPTIONS + OTHERS):
         x, y = i % 6 * side, i // 6 * (side + text)
-        page.paste(sd.generate(prompt, **settings)[0].resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        ImageDraw.Draw(page).text((x + side // 2, y + side), prompt, "black", anchor="ma", font_size=9)
+        image = sd.generate(prompt, **options)[0]
+        page.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        pen.text((x + side // 2, y + side), prompt, "black", anchor="ma", font_size=9)
     return page
 
 
