@@ -119,11 +119,11 @@ class StableDiffusion:
     def __init__(self, preset: Preset, unet: nn.Module | None = None,
                  vae: nn.Module | None = None, text_encoders: list[nn.Module] | None = None):
         self.preset = preset = deepcopy(preset)
-        self.unet = make_network(preset.unet) if unet is None else unet
-        self.vae = make_network(preset.vae) if vae is None else vae
         self.text_encoders = text_encoders
         if text_encoders is None:
             self.text_encoders = [make_network(config) for config in preset.text_encoders]
+        self.unet = make_network(preset.unet) if unet is None else unet
+        self.vae = make_network(preset.vae) if vae is None else vae
         base = make_sigmas(preset.beta_start, preset.beta_end, preset.beta_schedule)
         self.schedule = NoiseSchedule(preset.prediction_type, base)
         self.device, self.dtype = torch.device("cpu"), torch.float32

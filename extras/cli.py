@@ -33,7 +33,7 @@ from extras import edit, lowmem, prompts
 from extras.attention_maps import AttentionStore, Word, capture_attention, chosen_words, overlay
 from extras.deepcache import deepcache
 from extras.files import atomic_write, check_new, make_folder, open_tensors, read_image
-from extras.formats import open_checkpoint, save
+from extras.formats import save
 from extras.lora import apply_lora
 from extras.options import DTYPES, SMALL, Options, flag, params_text, parse
 from extras.png_info import png_chunk
@@ -119,28 +119,13 @@ def save_model(o: Options) -> None:
 def load_model(o: Options, device: str, dtype: torch.dtype, fast: bool) -> StableDiffusion:
     """The model with its LoRAs and learned words."""
     path = None if o.ckpt is None else model_path(o.ckpt)
-    load = StableDiffusion.load if fast else load_plain
-    sd = load(path, device, dtype, preset=o.preset, prediction_type=o.prediction)
+    sd = StableDiffusion.load(path, device, dtype, o.preset, o.prediction, fast)
     prompts.attach(sd)
     for lora in o.lora or []:
         match = re.fullmatch(r"(?s)(.*?)(?::([+-]?\d*\.?\d+))?", lora)
         apply_lora(sd, lora_path(match[1]), 1.0 if match[2] is None else float(match[2]))
     for embedding in o.embedding or []:
         add_embedding(sd, embedding)
-    return sd
-
-
-def load_plain(
-    path: str | None, device: str, dtype: torch.dtype, preset: str | None,
-    prediction_type: str | None,
-) -> StableDiffusion:
-    """As `StableDiffusion.load`, without its speed but with all formats."""
-    path = BUILTIN if path is None else path
-    tensors, preset, metadata = open_checkpoint(path, preset, prediction_type, dtype)
-    with torch.device("meta"):
-        sd = StableDiffusion(preset)
-    sd.metadata = metadata
-    sd.load_weights(tensors, device, dtype)
     return sd
 
 

@@ -382,8 +382,8 @@ def types_of(unet: nn.Module) -> list[type]:
 def any_python(unet: nn.Module) -> bool:
     """Whether code may run inside the UNet that a replayed graph would leave out."""
     inside = list(unet.modules())[1:]
-    return not all(map(is_known, inside)) or any(
-        module.capture is not None for module in inside if isinstance(module, model.CrossAttention))
+    return unet.training or not all(map(is_known, inside)) or any(
+        module.capture is not None for module in inside if type(module) is FastCrossAttention)
 
 
 GRAPH_DEVICE = "cuda"
@@ -480,8 +480,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_known(module: nn.Module) -> bool:
-    """A module that treats all rows of a batch alike and has no hooks."""
-    return type(module) in known_classes() and not has_hooks(module)
+    """A module that treats all rows of a batch alike, and is watched by nobody.
+
+    `capture` of cross-attention always gets the whole batch: its keys have all rows.
+    """
+    captured = type(module) is FastSelfAttention and module.capture is not None
+    return type(module) in known_classes() and not has_hooks(module) and not captured
 
 
 @cache

@@ -9,7 +9,7 @@ LINE_HEIGHT = 12
 def sheet(pictures: list[tuple[Image.Image, str]], columns: int = 8) -> Image.Image:
     """Pictures of one size, row by row, each above its caption. Small ones are enlarged."""
     w, h = pictures[0][0].size
-    scale = max(1, round(128 / w))
+    scale, columns = max(1, round(128 / w)), min(columns, len(pictures))
     w, h = w * scale, h * scale
     captions = [wrap(caption, w) for _, caption in pictures]
     below = LINE_HEIGHT * max(map(len, captions)) + 4

@@ -34,7 +34,8 @@ def load_with_new_weights(path: str, device: str, preset: str | None, seed: int)
     A tensor that the file lacks, or has in another shape, keeps its random start value. Lines on
     stderr list these, and those of the file that the model has no use for.
     """
-    tensors, preset, metadata = open_checkpoint(path or BUILTIN, preset, None, torch.float32)
+    tensors, preset, metadata = open_checkpoint(path or BUILTIN, preset, None, torch.float32,
+                                                strict=False)
     torch.manual_seed(seed)
     sd = StableDiffusion(preset)
     sd.metadata = metadata
@@ -81,8 +82,7 @@ def random_model(row: str, device: str, seed: int, vae: str | None) -> StableDif
                             f"{network.cfg.z_channels}: give another --vae")
         preset = replace(preset, vae=network.cfg)
     torch.manual_seed(seed)
-    encoders = [make_network(config) for config in preset.text_encoders]  # first, by the seed
-    sd = StableDiffusion(preset, vae=network, text_encoders=encoders)
+    sd = StableDiffusion(preset, vae=network)
     sd.device, sd.dtype = torch.device(device), torch.float32
     for network in sd.components.values():
         network.to(device).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from clip import CLIPTextModel, Tokenizer
 from extras import fast
+from extras.formats import save
 from extras.openclip import official_state_dict, to_openclip
 from model import CrossAttention, UNetConfig, UNetModel, timestep_embedding
 from sampler import SIGMAS, SPACINGS, NoiseSchedule
@@ -105,6 +106,31 @@ def test_what_shapes_do_not_show(name):
     found = [(text.hidden_act, text.hidden_size // text.num_attention_heads, text.clip_skip,
               text.final_norm, text.pad) for text in row.text_encoders]
     assert found == TEXT_ENCODERS[version]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_files_come_back_as_they_went_in(suffix, tmp_path, monkeypatch):
+    """Both encoders, with query, key and value cut apart again.
+
+    What model it is stands in the metadata, or, in a .ckpt as in official files, nowhere.
+    """
+    sd, path = random_model(small("sdxl")), tmp_path / f"a{suffix}"
+    if suffix == ".ckpt":
+        monkeypatch.setitem(PRESETS, "small", sd.preset)
+        first, second = (encoder.cfg.prefix for encoder in sd.text_encoders)
+        unused = {first + "embeddings.position_ids": torch.arange(77)[None],
+                  second + "logit_scale": torch.tensor(4.6)}
+        torch.save(official_state_dict(sd) | unused, path)
+    else:
+        save(sd, path, torch.float32)
+    again = StableDiffusion.load(path, "cpu", torch.float32)
+    assert again.preset == sd.preset
+    state, found = sd.state_dict(), again.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    cond, found = sd.encode_prompt(["a cat"]), again.encode_prompt(["a cat"])
+    assert found.keys() == cond.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in cond.items())
 
 
 # --- the networks ---
