@@ -377,8 +377,8 @@ def test_with_one_it_draws_as_from_python(tmp_path, run, option):
     assert psnr(images[0], sd.generate("a red apple", steps=3)[0]) < 30
 
 
-def test_wrong_use_ends_in_one_line(tmp_path, run):
-    drawing().save(tmp_path / "edges.png")
+def write_wrong_files(tmp_path: Path) -> None:
+    """What the command must refuse: no picture, no checkpoint, ControlNets that do not fit."""
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "damaged.safetensors").write_bytes(b"0123456789")
     (tmp_path / "empty").mkdir()
@@ -390,6 +390,10 @@ def test_wrong_use_ends_in_one_line(tmp_path, run):
     save_file(builtin, tmp_path / "cut.safetensors")
     save(random_model(small("sd1-inpaint")), tmp_path / "inpaint.safetensors")
 
+
+def test_wrong_use_ends_in_one_line(tmp_path, run):
+    write_wrong_files(tmp_path)
+    drawing().save(tmp_path / "edges.png")
     edges, out = ("--control", tmp_path / "edges.png"), ("--out", tmp_path / "x.png")
     given = (*edges, *out)
     before = set(tmp_path.iterdir())

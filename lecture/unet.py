@@ -121,7 +121,8 @@ def print_blocks(layers: list[Layer]) -> None:
             source, channels = sources[block]
             skip = f"{channels_in} = {channels_in - channels} + {channels} from {source}"
         kinds = " + ".join(layer.kind for layer in group)
-        print(f"{block:<17}{kinds:<42}{times(group[0].shape_in):<12}{times(group[-1].shape_out):<12}"
+        shapes = f"{times(group[0].shape_in):<12}{times(group[-1].shape_out):<12}"
+        print(f"{block:<17}{kinds:<42}{shapes}"
               f"{total_params(group):>13,}{brief(total_flops(group) / 1e9):>9}  {skip}")
 
 
