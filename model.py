@@ -1,4 +1,4 @@
-"""The UNet: it takes a noisy latent, a time and a text, and predicts the noise in that latent.
+"""The UNet: it takes a noisy latent, a time and a text, and predicts the noise (or velocity).
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
 Modules have the names of `ldm/modules/diffusionmodules/openaimodel.py` and
@@ -182,7 +182,7 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, c_out))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(cfg.num_groups, c_out), nn.SiLU(),
-            nn.Identity(),  # a dropout of 0 in the original: the convolution's name has a 3 in it
+            nn.Identity(),  # stands for the original's dropout: the next layer is out_layers.3
             zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 

@@ -49,7 +49,7 @@ class Prediction(NamedTuple):
     c_in: Callable
     c_skip: Callable
     c_out: Callable
-    # moves noise levels, chosen from the schedule `base`, to where this type has them
+    # moves sigmas of the schedule `base` to where this type has them: for zero terminal SNR alone
     levels: Callable[[Tensor, Tensor], Tensor] = lambda sigmas, base: sigmas
 
 
@@ -62,7 +62,7 @@ def zero_snr(sigmas: Tensor, base: Tensor) -> Tensor:
     """Levels moved so that the last is pure noise. Lin et al. 2024, section 3.1.
 
     sqrt(abar) is shifted to end at 0 and scaled to begin as before. The end is not quite 0, so
-    that sigma stays finite there (4518). The limit is the one in common use.
+    that sigma stays finite there (4519). The limit is the one in common use.
     """
     first, last = vp_scale(base[0]), vp_scale(base[-1])
     abar = ((vp_scale(sigmas) - last) * first / (first - last)) ** 2
@@ -79,7 +79,10 @@ PREDICTIONS = {"eps": EPS, "v": V, "v-zero-snr": V._replace(levels=zero_snr)}
 
 
 class NoiseSchedule:
-    """The noise levels (1000,) a network was trained at, and what it predicts there."""
+    """The noise levels (1000,) a network was trained at, and what it predicts there.
+
+    `base` has the levels that follow from beta, `sigmas` what the prediction type makes of them.
+    """
 
     def __init__(self, prediction_type: str = "eps", base: Tensor = SIGMAS):
         self.prediction, self.base = PREDICTIONS[prediction_type], base
@@ -116,12 +119,13 @@ def make_denoiser(net: Callable[..., Tensor], schedule: NoiseSchedule) -> Callab
     `concat` (B, C', H, W) in cond: further input channels, such as a mask.
     """
     def denoise(x: Tensor, sigma: float, concat: Tensor | None = None, **cond: Tensor) -> Tensor:
-        row = schedule.prediction
+        prediction = schedule.prediction
         t = torch.full((len(x),), schedule.sigma_to_t(sigma), device=x.device)
-        x_t = row.c_in(sigma) * x
+        x_t = prediction.c_in(sigma) * x
         if concat is not None:
             x_t = torch.cat([x_t, concat], dim=1)
-        return row.c_skip(sigma) * x + row.c_out(sigma) * net(x_t, t, **cond).float()
+        answer = net(x_t, t, **cond).float()
+        return prediction.c_skip(sigma) * x + prediction.c_out(sigma) * answer
     return denoise
 
 
@@ -249,13 +253,12 @@ SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras, lcm)}
 
 class Sampler(NamedTuple):
     sample: Callable[..., Iterator[Step]]
-    timestep_spacing: str       # its usual one, a name in SPACINGS
-    final_sigma: float = 0.0    # where it ends
+    timestep_spacing: str          # its usual one, a name in SPACINGS
+    set_alpha_to_one: bool = True  # it ends at sigma 0; else at the first training level
 
 
 SAMPLERS = {
-    # DDIM was released with set_alpha_to_one=False: it ends at the first training level
-    "ddim": Sampler(sample_euler, "leading", final_sigma=float(SIGMAS[0])),
+    "ddim": Sampler(sample_euler, "leading", set_alpha_to_one=False),  # as it was released
     "ddpm": Sampler(partial(sample_euler, eta=1.0), "leading"),
     "euler": Sampler(sample_euler, "linspace"),
     "euler_a": Sampler(partial(sample_euler, eta=1.0), "linspace"),
@@ -274,5 +277,6 @@ def get_sigmas(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule
     spacing = SPACINGS[row.timestep_spacing if timestep_spacing is None else timestep_spacing]
     chosen = torch.tensor(spacing(steps, schedule.base), dtype=torch.float64)
     sigmas = schedule.prediction.levels(chosen, schedule.base).tolist()
-    reached = row.final_sigma >= 0.999 * sigmas[-1]  # a spacing may itself go down to it
-    return sigmas + [0.0 if reached else row.final_sigma]
+    final = 0.0 if row.set_alpha_to_one else float(schedule.sigmas[0])
+    reached = final >= 0.999 * sigmas[-1]  # a spacing may itself go down to it
+    return sigmas + [0.0 if reached else final]

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the command stands first: it sets up the process b
 
 import json
 import math
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -88,7 +89,7 @@ SDXL = Preset(
                     openclip=True, prefix="conditioner.embedders.1.model.")),
     size=1024, guidance=5.0, zero_negative=True)
 
-PRESETS = {  # of rows with the same shapes, the first is the usual one
+PRESETS = {  # if a file fits several rows, the first is taken
     "sd1": Preset(),
     "sd1-inpaint": Preset(UNetConfig(in_channels=9)),
     "instruct-pix2pix": Preset(UNetConfig(in_channels=8)),
@@ -96,9 +97,12 @@ PRESETS = {  # of rows with the same shapes, the first is the usual one
     "sd2": Preset(SD2_UNET, text_encoders=(OPENCLIP_H,), prediction_type="v", size=768),
     "sd-turbo": Preset(SD2_UNET, text_encoders=(OPENCLIP_H,), steps=1, guidance=1.0,
                        sampler="euler", timestep_spacing="trailing"),
+    "sd2-inpaint": Preset(replace(SD2_UNET, in_channels=9), text_encoders=(OPENCLIP_H,)),
     "sdxl": SDXL,
     "sdxl-turbo": replace(SDXL, size=512, steps=1, guidance=1.0, sampler="euler_a",
                           timestep_spacing="trailing"),
+    "sdxl-inpaint": replace(SDXL, unet=replace(SDXL.unet, in_channels=9)),
+    "sdxl-instruct-pix2pix": replace(SDXL, unet=replace(SDXL.unet, in_channels=8), size=768),
     "lcm": Preset(UNetConfig(time_cond_proj_dim=256), steps=4, guidance=8.0, sampler="lcm"),
     "emoji": Preset(  # the built-in model: small, with the text's pooled vector as y
         UNetConfig(in_channels=16, out_channels=16, model_channels=96, channel_mult=(1, 2),
@@ -143,15 +147,12 @@ class StableDiffusion:
         device, dtype = best_device_and_dtype(device, dtype)
         if path is None:
             path, preset = BUILTIN, PRESETS["emoji"] if preset is None else preset
-        open_file = open_safetensors
-        if EXTRAS.is_dir():
-            from extras.formats import open_checkpoint as open_file
-        tensors, preset, metadata = open_file(path, preset, prediction_type, dtype)
-        build = build_model
-        if fast and EXTRAS.is_dir():
-            from extras.fast import load_model as build
+        if EXTRAS.is_dir():  # it opens more, and does the same as what follows here
+            from extras.formats import load_model
+            return load_model(cls, path, device, dtype, preset, prediction_type, fast)
+        tensors, preset, metadata = open_safetensors(path, preset, prediction_type, dtype)
         try:
-            return build(cls, preset, tensors, metadata, device, dtype)
+            return build_model(cls, preset, tensors, metadata, device, dtype)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
@@ -162,7 +163,7 @@ class StableDiffusion:
             "first_stage_model.": self.vae, "model.diffusion_model.": self.unet}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by its official name."""
+        """Every tensor by its name in a file; extras/openclip.py has those of OpenCLIP's files."""
         return {prefix + name: tensor for prefix, network in self.components.items()
                 for name, tensor in network.state_dict().items()}
 
@@ -190,7 +191,7 @@ class StableDiffusion:
         left of the crop, height and width after it (Podell et al. 2023, section 2.2).
         """
         encoded = [encoder.encode(prompts) for encoder in self.text_encoders]
-        cond = {name: value for one in encoded for name, value in one.items()}
+        cond = {name: value for one in encoded for name, value in one.items()}  # y: the last one's
         cond["context"] = torch.cat([one["context"] for one in encoded], dim=-1)
         width = getattr(self.preset.unet, "adm_in_channels", None)
         if width is None:
@@ -235,7 +236,7 @@ class StableDiffusion:
         z = z.to(self.device, self.vae.post_quant_conv.weight.dtype)
         x = torch.cat([self.vae.decode(one).float() for one in z.split(1)])
         if not x.isfinite().all():
-            raise UserError("NaN in the decoded picture: try dtype fp32")
+            raise UserError(f"NaN in the decoded picture, with weights in {z.dtype}")
         x = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()
         return [Image.fromarray(one) for one in x.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -248,14 +249,15 @@ class StableDiffusion:
 
         Picture i comes from seed + i. `options` are those of `resolve_options`: width, height,
         steps, guidance, sampler, timestep_spacing. `init` (B, Z, h, w): start from these latents,
-        with noise for the last `strength` of the steps (SDEdit, Meng et al. 2022). `noise`:
-        another source of noise. `guide(denoise, cond, uncond, guidance)` returns the guided
-        denoise. `callback` sees each Step. Raises UserError for options out of range and for NaN.
+        with noise, and run the last `strength` of the steps (SDEdit, Meng et al. 2022); at
+        strength 1 nothing of them is left. `noise`: another source of noise.
+        `guide(denoise, cond, uncond, guidance)` returns the guided denoise. `callback` sees each
+        Step. Raises UserError for options out of range and for NaN.
         """
         prompts = [prompt] * batch if isinstance(prompt, str) else prompt
         width, height, steps, guidance, sampler, spacing = self.resolve_options(**options).values()
-        run = steps if init is None else num_steps(steps, strength)
-        sigmas = get_sigmas(sampler, steps, self.schedule, spacing)[steps - run:]
+        left_out = 0 if init is None else steps - num_steps(steps, strength)
+        sigmas = get_sigmas(sampler, steps, self.schedule, spacing)[left_out:]
         if noise is None:
             noise = self.noise_sampler(seed, len(prompts), width, height)
 
@@ -266,10 +268,13 @@ class StableDiffusion:
         denoise = guide(make_denoiser(self.unet, self.schedule), cond, uncond, guidance)
 
         c_in = self.schedule.prediction.c_in
-        x = noise() / c_in(sigmas[0]) if run == steps else init + sigmas[0] * noise()
+        if left_out == 0:
+            x = noise() / c_in(sigmas[0])  # the network's first input is then the noise itself
+        else:
+            x = init + sigmas[0] * noise()
         for step in SAMPLERS[sampler].sample(denoise, x, sigmas, noise):
             if not step.x.isfinite().all():
-                raise UserError(f"NaN at step {step.index + 1}: try dtype fp32")
+                raise UserError(f"NaN at step {step.index + 1}, with weights in {self.dtype}")
             if callback is not None:
                 callback(step)
         return self.decode_latents(step.x * c_in(sigmas[-1]))  # ddim ends above sigma = 0
@@ -352,6 +357,10 @@ def best_device_and_dtype(device: str | None,
 
 # --- files ---
 
+NO_WEIGHT = re.compile(  # what official files hold beside weights
+    r".*position_ids$|model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus|posterior_|logvar$")
+
+
 class LazyTensor(NamedTuple):
     """A tensor in a file."""
     shape: torch.Size
@@ -366,13 +375,18 @@ def open_safetensors(path: str | Path, preset: Preset | str | None, prediction_t
     except Exception as error:  # safetensors raises errors of several kinds
         raise UserError(f"cannot read {path}: {error}") from error
     tensors = {name: LazyTensor(torch.Size(file.get_slice(name).get_shape()),
-                                partial(file.get_tensor, name)) for name in file.keys()}
+                                partial(file.get_tensor, name))
+               for name in file.keys() if not NO_WEIGHT.match(name)}
     metadata = file.metadata() or {}
     if isinstance(preset, str):
         preset = find_preset(preset)
+    elif preset is None and "config" in metadata:
+        try:
+            preset = preset_from_dict(json.loads(metadata["config"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} has a config of another version: give a preset") from error
     elif preset is None:
-        preset = preset_from_dict(json.loads(metadata["config"])) if "config" in metadata \
-            else guess_preset(tensors)
+        preset = guess_preset(tensors)
     if prediction_type is not None:
         preset = replace(preset, prediction_type=prediction_type)
     return tensors, preset, metadata

@@ -21,7 +21,7 @@ class VAEConfig:
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level / ch; all but the last halve
     num_res_blocks: int = 2                  # per level of the encoder; the decoder has one more
     z_channels: int = 4
-    double_z: bool = True                    # the encoder gives mean and log variance; False: VQ
+    double_z: bool = True                    # mean and log variance; False: extras/vq.py
     num_groups: int = 32                     # of every GroupNorm
     scale_factor: float = 0.18215            # 1 / standard deviation of the latents of the data
 
