@@ -159,8 +159,9 @@ class StableDiffusion:
     @property
     def components(self) -> dict[str, nn.Module]:
         """The networks by the prefix of their names in an official file."""
-        return {encoder.cfg.prefix: encoder for encoder in self.text_encoders} | {
-            "first_stage_model.": self.vae, "model.diffusion_model.": self.unet}
+        encoders = {getattr(config, "prefix", f"text_encoders.{i}."): self.text_encoders[i]
+                    for i, config in enumerate(self.preset.text_encoders)}
+        return encoders | {"first_stage_model.": self.vae, "model.diffusion_model.": self.unet}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor by its name in a file; extras/openclip.py has those of OpenCLIP's files."""
@@ -302,7 +303,8 @@ class StableDiffusion:
         f = preset.vae.downsampling
         if width < f or height < f or width % f or height % f:
             near = f"{max(f, width // f * f)}x{max(f, height // f * f)}"
-            raise UserError(f"the size {width}x{height} must be a multiple of {f}: try {near}")
+            raise UserError(f"the size {width}x{height} must be a multiple of {f}, and not 0:"
+                            f" try {near}")
         if not 1 <= steps <= 1000:
             raise UserError(f"steps must lie between 1 and 1000, not {steps}")
         if not math.isfinite(guidance):
