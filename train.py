@@ -5,7 +5,7 @@
     python train.py --init emoji --data ...                   a new UNet, from random weights
     torchrun --nproc-per-node=8 train.py ...                  on eight GPUs, --batch on each
 
---data: folders with x.png beside x.txt, one caption a line, or tar shards (extras/data.py and
+--data: folders with x.png beside x.txt, one caption a line, or tar shards (extras/captions.py and
 extras/shards.py). --train: what is trained,
     unet+text   the UNet and its text encoders, on latents of the frozen VAE
     unet        the UNet alone
@@ -19,7 +19,6 @@ sample's number, so a resumed run ends with the same weights as an uninterrupted
 """
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,17 +35,25 @@ from torch.utils.checkpoint import checkpoint
 
 from clip import CLIPEncoderLayer
 from extras import distributed, fast
-from extras.check_settings import check_same_run, check_settings, stored_settings
+from extras.check_settings import (
+    check_same_run,
+    check_settings,
+    damaged_state,
+    read_state,
+    stored_settings,
+)
 from extras.data import Batch, Folder, TensorCache, bucket_sizes, encode_once, generator, text_scope
 from extras.distributed import shard_like, unshard, unshard_on_first, world_size
 from extras.files import atomic_write, make_folder
 from extras.formats import save
+from extras.locks import alone_in
 from extras.lora import LoRA
 from extras.progress import Progress, say
 from extras.settings import parse, setting
 from extras.shards import Position, Shards, is_shards
-from extras.sheets import sheet
+from extras.sheets import save_page, sheet
 from extras.start import check_loadable, load_with_new_weights, random_model
+from extras.terminal import printable, tolerant_streams
 from extras.vae_loss import VAELoss, make_vq
 from extras.word import TrainedWord
 from model import BasicTransformerBlock, ResBlock
@@ -102,7 +109,8 @@ class Settings:
                                     "that the UNet reads the tokens' vectors")
     time_shift: float = setting(1.0, "above 1: more training at high noise")
     min_snr: float = setting(0.0, "gamma of min-SNR loss weights, usually 5; 0: none", least=0)
-    tokens: int = setting(77, "length of captions in tokens; fewer are faster, the rest is cut",
+    tokens: int = setting(77, "length of captions in tokens; fewer are faster, the rest is cut; "
+                          "at 77 longer captions fill further rows",
                           least=2)
     kl: float = setting(1e-6, "weight of the VAE's KL term")
     vq: int = setting(0, "with --train vae: number of codes of a codebook; 0: the usual VAE",
@@ -161,7 +169,7 @@ class UNetLoss(nn.Module):
         else:
             self.trained = trained_networks(s, sd)
         self.text_cache: tuple[TensorCache, list[str]] | None = None  # set by encode_once
-        self.prompts: list[str] = []  # of the sample sheets
+        self.shown: list[str] = []  # prompts of the sample sheets
 
     def prepare(self, folders: list[Folder], rank: int, world: int) -> None:
         """Encode what needs it only once, and choose the prompts of the sample sheets."""
@@ -173,8 +181,8 @@ class UNetLoss(nn.Module):
         if folders:
             firsts = list(dict.fromkeys(sample.captions[0] for sample in folders[0].samples))
             self.sd.metadata["captions"] = json.dumps(firsts[:10_000])
-            shown = min(len(firsts), 24)
-            self.prompts = [firsts[i * len(firsts) // shown] for i in range(shown)]
+            count = min(len(firsts), 24)
+            self.shown = [firsts[i * len(firsts) // count] for i in range(count)]
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +222,7 @@ class UNetLoss(nn.Module):
         return x0, t, noise, keep(s.caption_dropout), keep(s.pooled_dropout)
 
     def forward(self, batch: Batch, step: int) -> Tensor:
-        self.prompts = self.prompts or batch.captions[:24]  # shards: of the first batch
+        self.shown = self.shown or batch.captions[:24]  # shards: of the first batch
         x0, t, noise, keep, keep_pooled = self.draw(batch, step)
         captions = [caption if kept else "" for caption, kept in zip(batch.captions, keep)]
         cond = self.encode_prompt(captions, batch.sizes)
@@ -238,7 +246,7 @@ class UNetLoss(nn.Module):
 
     def samples(self, sd: StableDiffusion) -> list[tuple[Image.Image, str]]:
         """Pictures for a sample sheet, each with its caption."""
-        return [(sd.generate(prompt)[0], prompt) for prompt in self.prompts]
+        return [(sd.generate(prompt)[0], prompt) for prompt in self.shown]
 
 
 def trained_networks(s: Settings, sd: StableDiffusion) -> nn.ModuleList:
@@ -285,27 +293,45 @@ def min_snr_weight(schedule: NoiseSchedule, t: Tensor, gamma: float) -> Tensor |
 # --- the loop ---
 
 def train(s: Settings) -> None:
-    """One run, from its start or from where --out stands, to the last step or a signal."""
+    """One run, from its start or from where --out stands, to the last step or a signal.
+
+    Raises UserError while another run writes into --out.
+    """
     check_settings(s)
     rank, world, device = distributed.init_distributed(s.device)
-    sd = load_model(s, device)
-    loss_fn = make_loss(s, sd)
-    model = wrap_model(s, loss_fn)
-    state = State(s, loss_fn)
-    if resume(s, state, rank) and state.step >= s.steps:
-        return say(rank, f"{s.out} is finished, at step {state.step}: --steps N trains longer")
-    signals = distributed.catch_signals(alone=world == 1)
-    loaders = make_loaders(s, state, loss_fn, rank, world)
-    count = sum(p.numel() for p in state.params)
-    say(rank, f"{count:,} parameters, steps {state.step} to {s.steps} on {world} x {device}")
-    images = s.batch * s.accumulate * len(loaders) * world
+    make_folder(Path(s.out))
+    with alone_in(Path(s.out), rank):
+        sd = load_model(s, device)
+        loss_fn = make_loss(s, sd)
+        model = wrap_model(s, loss_fn)
+        state = State(s, loss_fn)
+        if resume(s, state, rank) and state.step >= s.steps:
+            say(rank, f"{s.out} is finished, at step {state.step}: --steps N trains longer")
+            return
+        signals = distributed.catch_signals(alone=world == 1)
+        loaders = make_loaders(s, state, loss_fn, rank, world)
+        count = sum(p.numel() for p in state.params)
+        say(rank, f"{count:,} parameters, steps {state.step} to {s.steps} on {world} x {device}")
+        loop(s, state, model, loaders, signals, rank)
+
+
+def loop(s: Settings, state: "State", model: nn.Module, loaders: list["Loader"],
+         signals: distributed.Signals, rank: int) -> None:
+    images = s.batch * s.accumulate * len(loaders) * world_size()
     progress = Progress(s.out, state.step, s.steps, images, rank)
 
     while state.step < s.steps:
         lr = learning_rate(s, state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        loss = backward(s, state, model, loaders)
+        before = dict(state.positions)
+        try:
+            loss = backward(s, state, model, loaders, signals)
+        except distributed.StoppedError:  # by a signal, while no pictures came
+            state.positions = before
+            if state.step > progress.first:
+                save_run(s, state, rank)
+            return say(rank, f"stopped after step {state.step}; the same command resumes")
         loss, stopping, skipped = distributed.all_reduce_stats(loss, bool(signals), state.skipped)
         if not math.isfinite(loss):
             raise UserError(f"the loss is {loss} at step {state.step + 1}: lower --lr; {s.out} "
@@ -317,11 +343,10 @@ def train(s: Settings) -> None:
         if last or stopping or step % s.log_every == 0:
             progress.log(step, lr, float(norm), skipped)
         if last or stopping or (s.save_every and step % s.save_every == 0):
-            write(s, state, loss_fn, rank, lambda sd: loss_fn.save(sd, s.out))
-            save_state(s, state, rank)
+            save_run(s, state, rank)
         if last or (s.sample_every and step % s.sample_every == 0):
-            page = f"{s.out}/sample-{step:07d}.png"
-            write(s, state, loss_fn, rank, lambda sd: sheet(loss_fn.samples(sd)).save(page))
+            page = Path(s.out) / f"sample-{step:07d}.png"
+            write(s, state, rank, lambda sd: save_page(sheet(state.loss_fn.samples(sd)), page))
         if stopping:
             return say(rank, f"stopped and saved after step {step}; the same command resumes")
 
@@ -331,7 +356,8 @@ def learning_rate(s: Settings, step: int) -> float:
     return s.lr * min(1, (step + 1) / max(s.warmup, 1), (s.steps - step) / max(s.decay, 1))
 
 
-def backward(s: Settings, state: "State", model: nn.Module, loaders: list["Loader"]) -> Tensor:
+def backward(s: Settings, state: "State", model: nn.Module, loaders: list["Loader"],
+             signals: distributed.Signals) -> Tensor:
     """The gradients of one step, over all its passes, and its loss."""
     device = state.params[0].device
     # the CPU's fused attention kernel has a slow backward pass for small pictures
@@ -339,10 +365,12 @@ def backward(s: Settings, state: "State", model: nn.Module, loaders: list["Loade
     passes = [loader for _ in range(s.accumulate) for loader in loaders]
     total = torch.zeros((), device=device)
     for i, (weight, batches) in enumerate(passes, 1):
+        with signals.heeded():
+            batch = next(batches)
         with (distributed.gradient_sync(model, i == len(passes)),
               sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()):
             with torch.autocast(device.type, AMP[s.amp]) if s.amp else nullcontext():
-                loss = weight / s.accumulate * model(next(batches), state.step)
+                loss = weight / s.accumulate * model(batch, state.step)
             state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
@@ -352,7 +380,7 @@ class State:
     """All that changes from step to step: what state.pt holds."""
 
     def __init__(self, s: Settings, loss_fn: nn.Module):
-        self.step = 0
+        self.step, self.loss_fn = 0, loss_fn
         self.params = [p for p in loss_fn.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.params] if s.ema else None
         self.optimizer = torch.optim.AdamW(self.params, s.lr, betas=(0.9, 0.99),
@@ -477,12 +505,18 @@ def make_loaders(s: Settings, state: State, loss_fn: nn.Module, rank: int,
 
 # --- save and resume ---
 
-def write(s: Settings, state: State, loss_fn: nn.Module, rank: int,
+def write(s: Settings, state: State, rank: int,
           to_file: Callable[[StableDiffusion], None]) -> None:
     """Rank 0 writes a file of the model with its averaged weights: to_file(sd)."""
-    with state.ema_scope(), distributed.full_model(loss_fn.sd, s.fsdp, rank) as sd:
+    with state.ema_scope(), distributed.full_model(state.loss_fn.sd, s.fsdp, rank) as sd:
         if rank == 0:
             to_file(sd)
+
+
+def save_run(s: Settings, state: State, rank: int) -> None:
+    """The model, and what resumes the run."""
+    write(s, state, rank, lambda sd: state.loss_fn.save(sd, s.out))
+    save_state(s, state, rank)
 
 
 def save_state(s: Settings, state: State, rank: int) -> None:
@@ -498,29 +532,36 @@ def save_state(s: Settings, state: State, rank: int) -> None:
     if rank == 0:
         saved = {"step": state.step, "params": params, "ema": ema, "optimizer": optimizer,
                  "scaler": state.scaler.state_dict(), "positions": positions,
-                 "workers": s.workers, "settings": stored_settings(s)}
+                 "workers": s.workers, "settings": stored_settings(s),
+                 "shown": state.loss_fn.shown}
         with atomic_write(Path(s.out) / "state.pt") as temporary:
             torch.save(saved, temporary)
 
 
 def resume(s: Settings, state: State, rank: int) -> bool:
     """Fill the state from state.pt in --out, if it is there. Raises UserError if it is the state
-    of another run."""
+    of another run, or damaged."""
     path = Path(s.out) / "state.pt"
-    make_folder(path.parent)
-    if rank == 0:
-        for left in path.parent.glob("tmp*.tmp"):  # by a run that was killed while it wrote
-            shutil.rmtree(left)
     if not path.exists():
         return False
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved = read_state(path)
     check_same_run(s, saved.get("settings", {}))
-    if [p.shape for p in saved["params"]] != [p.shape for p in state.params]:
+    if any([p.shape for p in saved[key]] != [p.shape for p in state.params]
+           for key in ("params", "ema")):
         raise UserError(f"{path} is of another model: give another --out")
     readers = len(saved["positions"]), saved["workers"]
     if any(saved["positions"]) and readers != (world_size(), s.workers):
         raise UserError(f"{path} was written by {readers[0]} processes with --workers "
                         f"{readers[1]}: with shards it must be as many again")
+    try:
+        fill(state, saved, rank)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise damaged_state(path, error) from error
+    say(rank, f"resumes {s.out} at step {state.step}")
+    return True
+
+
+def fill(state: State, saved: dict, rank: int) -> None:
     with torch.no_grad():
         averages = zip(state.ema or [], saved["ema"])
         for mine, theirs in [*zip(state.params, saved["params"]), *averages]:
@@ -535,19 +576,19 @@ def resume(s: Settings, state: State, rank: int) -> bool:
         state.positions |= {worker: Position(**position)
                             for worker, position in saved["positions"][rank].items()}
     state.step = saved["step"]
-    say(rank, f"resumes {s.out} at step {state.step}")
-    return True
+    state.loss_fn.shown = saved.get("shown", state.loss_fn.shown)
 
 
 # --- the command ---
 
 def main() -> None:
     status = 0
-    try:
-        train(parse(Settings, __doc__))
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        status = 2
+    with tolerant_streams():
+        try:
+            train(parse(Settings, __doc__))
+        except UserError as error:
+            print(f"train.py: {printable(error)}", file=sys.stderr)
+            status = 2
     distributed.end_process(status)
 
 

@@ -19,6 +19,7 @@ from model import attention
 class VAEConfig:
     ch: int = 128                            # width of the level at full resolution
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level / ch; all but the last halve
+    decoder_ch_mult: tuple[int, ...] | None = None  # None: ch_mult; more levels: larger pictures
     num_res_blocks: int = 2                  # per level of the encoder; the decoder has one more
     z_channels: int = 4
     double_z: bool = True                    # mean and log variance; False: extras/vq.py
@@ -28,7 +29,7 @@ class VAEConfig:
     @property
     def downsampling(self) -> int:
         """f: picture side / latent side."""
-        return 2 ** (len(self.ch_mult) - 1)
+        return 2 ** (len(self.decoder_ch_mult or self.ch_mult) - 1)
 
 
 class AutoencoderKL(nn.Module):
@@ -44,6 +45,11 @@ class AutoencoderKL(nn.Module):
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance (B, Z, h, w), not scaled."""
+        encoder_downsampling = 2 ** (len(self.cfg.ch_mult) - 1)
+        if encoder_downsampling < self.cfg.downsampling:  # the decoder has more levels
+            scale = encoder_downsampling / self.cfg.downsampling
+            small = F.interpolate(x.float(), scale_factor=scale, mode="bicubic", antialias=True)
+            x = small.to(x.dtype)  # in fp32: PyTorch has no bf16 for it on CPUs
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -103,11 +109,12 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        c, groups = cfg.ch * cfg.ch_mult[-1], cfg.num_groups
+        ch_mult = cfg.decoder_ch_mult or cfg.ch_mult
+        c, groups = cfg.ch * ch_mult[-1], cfg.num_groups
         self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
         self.mid = Middle(c, groups)
         self.up = nn.ModuleList()
-        for i, mult in reversed(list(enumerate(cfg.ch_mult))):
+        for i, mult in reversed(list(enumerate(ch_mult))):
             level = nn.Module()
             level.block = nn.ModuleList()
             for _ in range(cfg.num_res_blocks + 1):

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from clip import Token, Tokenizer
-from extras.prompts import weighted_tokens
+from extras.prompts import places
 from sampler import Step
 from sd import UserError
 
@@ -114,11 +114,8 @@ class Word(NamedTuple):
 
 def words_of(tokenizer: Tokenizer, prompt: str) -> list[Word]:
     """The words of a prompt in their order; runs of punctuation are words too."""
-    room = tokenizer.length - 2
     words: dict[int, list[tuple[int, Token]]] = {}
-    for i, (token, _) in enumerate(weighted_tokens(tokenizer, prompt)):
-        chunk, position = divmod(i, room)
-        position += chunk * tokenizer.length + 1
+    for position, token in places(tokenizer, prompt):
         words.setdefault(token.word, []).append((position, token))
     found = []
     for tokens in words.values():

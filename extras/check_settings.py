@@ -6,6 +6,8 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from extras.distributed import world_size
 from extras.settings import check_ranges, option
 from extras.shards import is_shards
@@ -76,3 +78,34 @@ def check_same_run(s, before: dict) -> None:
     if changed and not s.resume:
         raise UserError(f"{s.out} holds a run with other settings ({'; '.join(changed)}): give "
                         "another --out, or --resume to go on with it")
+
+
+# --- state.pt ---
+
+STATE = {"step": int, "params": list, "ema": list, "optimizer": dict, "scaler": dict,
+         "positions": list, "workers": int}
+
+
+def read_state(path: Path) -> dict:
+    """What state.pt holds. Raises UserError if it is damaged, or another program's."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a pickle may raise anything
+        raise damaged_state(path, error) from error
+    if not isinstance(saved, dict):
+        raise damaged_state(path, "it holds no dict")
+    for key, kind in STATE.items():
+        if not isinstance(saved.get(key), kind):
+            raise damaged_state(path, f"it has no {key!r}")
+    tensors = [*saved["params"], *saved["ema"]]
+    if not all(isinstance(one, torch.Tensor) for one in tensors):
+        raise damaged_state(path, "not all of its weights are tensors")
+    if not isinstance(saved.get("settings", {}), dict):
+        raise damaged_state(path, "its settings are no dict")
+    return saved
+
+
+def damaged_state(path: Path, reason: object) -> UserError:
+    line = (str(reason).splitlines() or [repr(reason)])[0]
+    return UserError(f"{path} is damaged, or of another program ({line}): move it away to start "
+                     "anew, or give another --out")

@@ -33,10 +33,14 @@ from extras import edit, lowmem, prompts
 from extras.attention_maps import AttentionStore, Word, capture_attention, chosen_words, overlay
 from extras.deepcache import deepcache
 from extras.files import atomic_write, check_new, make_folder, open_tensors, read_image
+from extras.formats import load_model as load_parts
 from extras.formats import save
 from extras.lora import apply_lora
+from extras.lora_tags import common_tags, find_file, find_tags
+from extras.nan import explain_nan
 from extras.options import DTYPES, SMALL, Options, flag, params_text, parse
 from extras.png_info import png_chunk
+from extras.terminal import printable, tolerant_streams
 from extras.textual_inversion import add_embedding
 from sampler import Step
 from sd import BUILTIN, StableDiffusion, UserError, best_device_and_dtype, num_steps
@@ -48,7 +52,7 @@ OFFICIAL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 def main(words: list[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 2 after an error, 130 after Ctrl-C."""
-    with warnings.catch_warnings():
+    with tolerant_streams(), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(message)
         try:
             run(parse(sys.argv[1:] if words is None else words))
@@ -58,6 +62,9 @@ def main(words: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("stopped")
             return 130
+        except OSError as error:    # a name of 300 characters, a folder that cannot be read
+            say(f"cannot open {error.filename or 'a file'}: {error.strerror or error}")
+            return 2
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
@@ -69,7 +76,7 @@ def main(words: list[str] | None = None) -> int:
 
 def say(message: object) -> None:
     """A line on stderr, above the progress bar if there is one."""
-    tqdm.write(f"sd.py: {message}", file=sys.stderr)
+    tqdm.write(f"sd.py: {printable(message)}", file=sys.stderr)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -97,11 +104,22 @@ def print_captions(ckpt: str | None) -> None:
     metadata = open_tensors(path)[1]
     if "captions" not in metadata:
         raise UserError(f"{path} does not say what it was trained on")
-    captions = [caption.rpartition(", ") for caption in json.loads(metadata["captions"])]
+    captions = [printable(caption).rpartition(", ") for caption in captions_of(path, metadata)]
     styles = ", ".join(sorted({style for name, _, style in captions if name}))
     print("\n".join(sorted({name or style for name, _, style in captions})))
     if styles:
         say(f"each also with a style behind a comma: {styles}")
+
+
+def captions_of(path: Path, metadata: dict[str, str]) -> list[str]:
+    """The captions that train.py writes into a file's metadata. Raises UserError."""
+    try:
+        captions = json.loads(metadata["captions"])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: captions in the metadata are damaged: {error}") from error
+    if not isinstance(captions, list) or not all(isinstance(one, str) for one in captions):
+        raise UserError(f"{path}: captions in the metadata are no list of texts")
+    return captions
 
 
 def save_model(o: Options) -> None:
@@ -119,14 +137,72 @@ def save_model(o: Options) -> None:
 def load_model(o: Options, device: str, dtype: torch.dtype, fast: bool) -> StableDiffusion:
     """The model with its LoRAs and learned words."""
     path = None if o.ckpt is None else model_path(o.ckpt)
-    sd = StableDiffusion.load(path, device, dtype, o.preset, o.prediction, fast)
+    if o.vae is None and o.unet is None:
+        sd = StableDiffusion.load(path, device, dtype, o.preset, o.prediction, fast)
+    else:
+        sd = load_parts(StableDiffusion, path, device, dtype, o.preset, o.prediction, fast, o.vae,
+                        o.unet)
     prompts.attach(sd)
+    clip_skip(sd, o)
     for lora in o.lora or []:
-        match = re.fullmatch(r"(?s)(.*?)(?::([+-]?\d*\.?\d+))?", lora)
-        apply_lora(sd, lora_path(match[1]), 1.0 if match[2] is None else float(match[2]))
+        file, scale = split_scale(lora)
+        apply_lora(sd, lora_path(file), scale)
+    texts = asked_prompts(o)
+    apply_tags(sd, o, texts)
     for embedding in o.embedding or []:
-        add_embedding(sd, embedding)
+        tell_words(Path(embedding), add_embedding(sd, embedding), [*texts, o.negative])
     return sd
+
+
+def asked_prompts(o: Options) -> list[str]:
+    if o.prompts is not None:
+        return read_prompts(Path(o.prompts))
+    return [] if o.prompt is None else [o.prompt]
+
+
+def clip_skip(sd: StableDiffusion, o: Options) -> None:
+    """--clip-skip, or that of a picture of A1111, which takes it for SD 1.x only."""
+    if o.clip_skip is None and o.clip_skip_sd1 is not None:
+        if any(encoder.cfg.clip_skip or encoder.cfg.openclip
+               for encoder in prompts.clip_encoders(sd)):
+            say(f"Clip skip: {o.clip_skip_sd1} is left out, as A1111 does for SD 2.x and SDXL")
+        else:
+            o.clip_skip = o.clip_skip_sd1
+    if o.clip_skip is not None:
+        prompts.set_clip_skip(sd, o.clip_skip)
+
+
+def split_scale(lora: str) -> tuple[str, float]:
+    """FILE[:SCALE] -> FILE and the scale; 1 if there is none."""
+    file, _, scale = lora.rpartition(":")
+    try:
+        value = float(scale)
+    except ValueError:
+        return lora, 1.0
+    if file == "" or "_" in scale or not math.isfinite(value):
+        return lora, 1.0
+    return file, value
+
+
+def apply_tags(sd: StableDiffusion, o: Options, texts: list[str]) -> None:
+    """The LoRAs that the prompts name, as <lora:name:1>."""
+    if find_tags(o.negative):
+        say("<lora:...> does nothing in the negative prompt: move it to the prompt")
+    tags = common_tags(texts)
+    if tags and o.lora_dir is None:
+        say(f"{', '.join(tag.text for tag in tags)}: left out, as --lora-dir FOLDER does not say "
+            "where the file is")
+        return
+    for tag in tags:
+        apply_lora(sd, find_file(Path(o.lora_dir), tag), tag.scale, tag.text_scale)
+
+
+def tell_words(path: Path, words: list[str], texts: list[str]) -> None:
+    """Which words a file brought, and whether a prompt has one of them."""
+    used = [word for word in words
+            if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", "\n".join(texts), re.IGNORECASE)]
+    what = "which the prompt has" if used else "and the prompt has none of them: write one into it"
+    say(f"{path.name} brings {', '.join(dict.fromkeys(words))}, {what}")
 
 
 def model_path(ckpt: str) -> str:
@@ -144,6 +220,8 @@ def model_path(ckpt: str) -> str:
 def lora_path(lora: str) -> str:
     """A folder of train.py stands for the LoRA in it; one of peft stays as it is."""
     folder = Path(lora)
+    if lora != "" and not folder.exists() and Path(f"{lora}.safetensors").is_file():
+        return f"{lora}.safetensors"
     if lora == "" or not folder.is_dir() or (folder / "adapter_config.json").exists():
         return lora
     if not (folder / "lora.safetensors").exists():
@@ -175,7 +253,7 @@ def check_options(o: Options) -> None:
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid UTF-8") from error
     needs = {"strength": "init", "mask": "init", "image_guidance": "init", "words": "attn",
-             "preset": "ckpt"}
+             "preset": "ckpt", "vae": "ckpt", "unet": "ckpt"}
     for name, needed in needs.items():
         if getattr(o, name) is not None and getattr(o, needed) is None:
             raise UserError(f"{flag(name)} means nothing without {flag(needed)}: give that too")
@@ -200,7 +278,14 @@ def check_options(o: Options) -> None:
 
 def ranks() -> tuple[int, int]:
     """This process' number and how many there are, as torchrun sets them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError as error:
+        raise UserError("RANK and WORLD_SIZE must be numbers, as torchrun sets them: unset "
+                        f"them ({error})") from error
+    if not 0 <= rank < world:
+        raise UserError(f"RANK {rank} does not lie below WORLD_SIZE {world}: unset them")
+    return rank, world
 
 
 def make_jobs(o: Options) -> list[Job]:
@@ -281,6 +366,9 @@ class Plan(NamedTuple):
 def draw_all(o: Options) -> None:
     check_options(o)
     jobs = make_jobs(o)
+    there = [str(job.path) for job in jobs if job.path.exists()]
+    if there and o.params_from is not None:
+        say(f"replaces {there[0]}" + (f" and {len(there) - 1} more" if len(there) > 1 else ""))
     gifs = [] if o.gif is None else output_paths("--gif", Path(o.gif), ".gif", o.seed, o.n)
     grid = [] if o.grid is None else output_paths("--grid", Path(o.grid), ".png", o.seed, 1)
     image, mask = (None if path is None else read_image(path) for path in (o.init, o.mask))
@@ -291,7 +379,7 @@ def draw_all(o: Options) -> None:
     sd = load_model(o, "cpu" if o.lowmem else device, dtype, fast=not o.no_fast)
     if o.lowmem:
         lowmem.attach(sd, device)
-    edit.check_inputs(sd, image, mask, o.image_guidance, o.cfg_end)
+    edit.check_inputs(sd, image, mask, o.image_guidance, o.cfg_end, o.cfg_rescale)
     plan = make_plan(sd, o, image, mask, dict(zip(jobs, gifs)))
     warn(sd, o, plan, jobs)
 
@@ -354,10 +442,13 @@ def draw_batch(
             attached.enter_context(capture_attention(sd.unet, maps))
         if o.deepcache is not None:
             attached.enter_context(deepcache(sd.unet, o.deepcache))
-        images = edit.draw(
-            sd, [job.prompt for job in batch], plan.image, plan.mask, plan.strength,
-            o.image_guidance, o.cfg_end, negative_prompt=o.negative, seed=batch[0].seed,
-            callback=callback, **plan.settings)
+        try:
+            images = edit.draw(
+                sd, [job.prompt for job in batch], plan.image, plan.mask, plan.strength,
+                o.image_guidance, o.cfg_end, o.cfg_rescale, negative_prompt=o.negative,
+                seed=batch[0].seed, callback=callback, **plan.settings)
+        except UserError as error:
+            raise explain_nan(sd, error, [job.prompt for job in batch]) from error
     return Drawn(images, guesses, maps)
 
 

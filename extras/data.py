@@ -1,9 +1,6 @@
 """Captioned pictures for train.py: what both forms share, and folders. (Tar shards: shards.py.)
 
-    folder   x.png beside x.txt with one caption a line, one of which is drawn at random each time;
-             or metadata.jsonl, as Hugging Face has it, with "file_name" and "text";
-             or PNGs written by sd.py, which hold their prompt
-
+captions.py says what a folder may hold. Of a picture's captions one is drawn at random each time.
 Batches are made of pictures of one size. Every sample has a `sample_index`, its number in the
 order of all samples that all processes are given. What is random about a sample is a function of
 the seed and of this number, so neither the number of processes nor an interruption changes it.
@@ -11,15 +8,16 @@ the seed and of this number, so neither the number of processes nor an interrupt
 import hashlib
 import io
 import itertools
-import json
 import math
 import os
-import sys
+import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,19 +29,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from clip import BOS, EOS, CLIPTextModel, Tokenizer
+from extras.captions import PICTURES, Sample, list_folder
 from extras.distributed import barrier
 from extras.files import atomic_write, make_folder, read_image
+from extras.locks import release_locks
 from extras.progress import hidden
+from extras.terminal import complain
 from sd import UserError
 
-PICTURES = ("png", "jpg", "jpeg", "webp")
 WHITE = (255, 255, 255)
-
-
-class Sample(NamedTuple):
-    name: str
-    picture: Path | bytes
-    captions: list[str]
+MAX_ROWS = 3  # of 75 tokens, that captions may fill; as other programs have it
+Encode = Callable[[list[str]], dict[str, Tensor]]  # of a text encoder
 
 
 class Crop(NamedTuple):
@@ -104,6 +101,8 @@ def crop(sample: Sample, sizes: list[tuple[int, int]],
     Transparent parts become the background. Raises UserError if the picture cannot be read.
     """
     source = sample.picture
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise UserError(f"{source} is no file")     # a device would be read without end
     image = read_image(io.BytesIO(source) if isinstance(source, bytes) else source)
     w, h = image.size
     W, H = nearest(image.size, sizes)  # noqa: N806
@@ -119,12 +118,22 @@ def load_or_error(sample: Sample, sizes: list[tuple[int, int]], captioned: bool)
     """The cropped picture, or a line that says what is wrong with the sample."""
     if captioned and not sample.captions:
         return f"{sample.name} has no caption"
+    if captioned and not all(map(is_text, sample.captions)):
+        return f"a caption of {sample.name} is no valid text"
     try:
         return crop(sample, sizes)
     except UserError as error:
-        return str(error)
-    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+        return str(error).replace("the picture in the shard", f"the picture {sample.name}")
+    except Exception as error:  # one bad picture must not end a run
         return f"cannot read the picture {sample.name}: {error!r}"
+
+
+def is_text(caption: str) -> bool:
+    """JSON can hold half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        return bool(caption.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def ignore_signals(worker: int) -> None:
@@ -132,12 +141,41 @@ def ignore_signals(worker: int) -> None:
 
     A Ctrl-C, or torchrun's SIGTERM, then does not end the worker: train.py finishes its step.
     """
+    release_locks()
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
-def nonempty_lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def load_with_workers(dataset: Dataset, workers: int,
+                      sampler: Iterator | None = None) -> Iterator[Batch]:
+    """The batches that a dataset makes, by so many processes; 0: by this one.
+
+    Raises UserError for what is wrong in a process, and if one ends.
+    """
+    batches = iter(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers,
+                              worker_init_fn=ignore_signals))
+    try:
+        yield from batches
+    except UserError as error:      # of a worker, with its traceback
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+    except (RuntimeError, OSError) as error:
+        if not re.search("DataLoader worker|shared memory|/dev/shm", str(error)):
+            raise
+        raise UserError("a process of --workers ended or found no memory: try fewer workers, or "
+                        "a larger /dev/shm. The same command resumes from what was saved. "
+                        f"({str(error).splitlines()[0]})") from error
+    finally:
+        if workers:
+            end_workers(batches)
+
+
+def end_workers(batches: Iterator[Batch]) -> None:
+    """With the commands they have started, which are in their process groups."""
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(worker.pid, signal.SIGKILL)
 
 
 def choose_caption(captions: list[str], seed: int, sample_index: int) -> str:
@@ -162,22 +200,24 @@ class Folder(Dataset):
         self.random_background, self.first_index = random_background, first_index
         found = [sample for folder in folders for sample in list_folder(Path(folder))]
         if not found:
-            raise UserError(f"no pictures (png, jpg, webp) in {', '.join(folders)}")
+            raise UserError(f"no pictures ({', '.join(PICTURES)}) in {', '.join(folders)}")
 
         def check(sample: Sample) -> list[int] | str:
             loaded = load_or_error(sample, sizes, captioned)
             return loaded if isinstance(loaded, str) else loaded.size
 
+        once = {(sample.name, *sample.captions): sample for sample in found}  # they may be repeated
         with ThreadPoolExecutor() as pool:
-            checked = list(pool.map(check, found))
+            results = dict(zip(once, pool.map(check, once.values())))
+        checked = [results[sample.name, *sample.captions] for sample in found]
         errors = [result for result in checked if isinstance(result, str)]
         usable = [pair for pair in zip(found, checked) if not isinstance(pair[1], str)]
         if not usable:
             raise UserError(f"no usable pictures in {', '.join(folders)}: {errors[0]}")
         if errors:
             more = ", ..." if len(errors) > 3 else ""
-            print(f"{len(errors)} of {len(found)} pictures skipped: {', '.join(errors[:3])}{more}",
-                  file=sys.stderr)
+            complain(f"{len(errors)} of {len(found)} pictures skipped: "
+                     f"{', '.join(errors[:3])}{more}")
         self.samples = [sample for sample, _ in usable]
         self.sizes = [size for _, size in usable]
         self.moments: Callable[[int], dict[str, Tensor]] | None = None  # set by encode_once
@@ -204,8 +244,7 @@ class Folder(Dataset):
     def batches(self, first: int, stride: int, workers: int = 0) -> Iterator[Batch]:
         """Batch number `first`, then every stride-th."""
         sampler = itertools.islice(self.order(), first, None, stride)
-        return iter(DataLoader(self, batch_size=None, sampler=sampler, num_workers=workers,
-                               worker_init_fn=ignore_signals))
+        return load_with_workers(self, workers, sampler)
 
     def __getitem__(self, chosen: list[tuple[int, int]]) -> Batch:
         pictures = [picture for _, picture in chosen]
@@ -244,41 +283,6 @@ class Folder(Dataset):
         """All captions, each once."""
         every = (caption for sample in self.samples for caption in sample.captions)
         return list(dict.fromkeys(every))
-
-
-def list_folder(folder: Path) -> list[Sample]:
-    """Raises UserError if metadata.jsonl is damaged."""
-    table = folder / "metadata.jsonl"
-    if not table.is_file():
-        paths = [path for path in folder.glob("*") if path.suffix[1:].lower() in PICTURES]
-        return [Sample(str(path), path, read_captions(path)) for path in sorted(paths)]
-    samples = []
-    try:
-        for line in nonempty_lines(table.read_text("utf-8")):
-            row = json.loads(line)
-            path = folder / row["file_name"]
-            samples.append(Sample(str(path), path, nonempty_lines(row.get("text") or "")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        example = '{"file_name": "x.png", "text": "..."}'
-        raise UserError(f"{table} is damaged, each line must be like {example}: {error!r}") \
-            from error
-    return samples
-
-
-def read_captions(path: Path) -> list[str]:
-    """The lines of the .txt beside the picture; else the prompt that sd.py wrote into the PNG."""
-    text = path.with_suffix(".txt")
-    try:
-        return nonempty_lines(text.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"the captions in {text} are not UTF-8: {error}") from error
-    except FileNotFoundError:
-        pass
-    try:
-        parameters = Image.open(path).info.get("parameters", "")
-        return nonempty_lines(parameters.split("\nNegative prompt:")[0])
-    except Exception:  # a damaged picture: load_or_error reports it
-        return []
 
 
 # --- computed once ---
@@ -332,7 +336,7 @@ def encode_once(loss_fn: nn.Module, folders: list[Folder], captions: list[str], 
         for i in tqdm(range(len(folder))[share], "encoding pictures", disable=hidden(rank)):
             folder.moments(i)
     if s.cache and s.train == "unet":
-        keys = [f"{fingerprint(encoder)} {s.tokens}" for encoder in sd.text_encoders]
+        keys = [f"{fingerprint(encoder)} {s.tokens} rows" for encoder in sd.text_encoders]
         loss_fn.text_cache = cache, keys
         mine = ["", *captions][share]
         for caption in tqdm(mine, "encoding captions", disable=hidden(rank)):
@@ -368,9 +372,13 @@ def text_scope(encoders: list[nn.Module], tokens: int,
                text_cache: tuple[TensorCache, list[str]] | None) -> Iterator[None]:
     """Inside, text encoders work as training needs it.
 
-    Captions are cut to so many tokens, without a warning: of many captions some are too long.
+    Captions are cut to so many tokens, without a warning: of many captions some are too long. At
+    77, which is the encoder's own length, they are not cut but fill further rows of 77, up to
+    MAX_ROWS: context is (B, N*77, D) then, with the N of the longest caption.
     With a cache, and a key for each encoder, what is in the cache is not encoded again.
     """
+    clip = [one for one in encoders if isinstance(one, CLIPTextModel)]
+    rows = partial(count_rows, [one.tokenizer for one in clip], tokens)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -378,9 +386,13 @@ def text_scope(encoders: list[nn.Module], tokens: int,
             if hasattr(encoder, "tokenizer"):
                 length = min(tokens, encoder.tokenizer.length)
                 stack.enter_context(attribute(encoder.tokenizer, "length", length))
+            encode = encoder.encode
+            if encoder in clip:
+                encode = partial(encode_rows, encoder, encode, rows)
             if text_cache is not None:
                 cache, keys = text_cache
-                encode = cached_encode(encoder, cache, keys[i])
+                encode = cached_encode(encoder, encode, cache, keys[i])
+            if encode != encoder.encode:
                 stack.enter_context(attribute(encoder, "encode", encode))
         yield
 
@@ -399,12 +411,54 @@ def attribute(thing: object, name: str, value: object) -> Iterator[None]:
             delattr(thing, name)  # the one of the class again
 
 
-def cached_encode(encoder: nn.Module, cache: TensorCache,
-                  key: str) -> Callable[[list[str]], dict[str, Tensor]]:
-    """The encoder's `encode`, one caption at a time, through the cache."""
-    encode, device = encoder.encode, next(encoder.parameters()).device
+def count_rows(tokenizers: list[Tokenizer], tokens: int, caption: str) -> int:
+    """How many rows of 77 tokens the caption fills; of two encoders the one with more counts."""
+    if tokens < 77:
+        return 1
+    longest = max(len(one.tokenize(caption)) for one in tokenizers)
+    return min(max(1, -(-longest // (tokens - 2))), MAX_ROWS)
+
+
+def encode_rows(encoder: CLIPTextModel, encode: Encode, rows: Callable[[str], int],
+                captions: list[str]) -> dict[str, Tensor]:
+    """As the encoder's `encode`, with further rows for captions of more than 75 tokens.
+
+    Each row is encoded by itself, and the pooled vector is the first one's. Shorter captions get
+    empty rows, as a prompt beside a longer negative prompt gets them. (extras/prompts.py)
+    """
+    count = max(map(rows, captions))
+    if count == 1:
+        return encode(captions)
+    tokenizer = encoder.tokenizer
+    room = tokenizer.length - 2
+    ids = torch.full((len(captions), count, tokenizer.length), tokenizer.pad)
+    ids[:, :, 0] = BOS
+    for i, caption in enumerate(captions):
+        found = [token.id for token in tokenizer.tokenize(caption)]
+        for j in range(count):
+            row = [*found[j * room:(j + 1) * room], EOS]
+            ids[i, j, 1:len(row) + 1] = torch.tensor(row)
+    features, pooled = encoder(ids.flatten(0, 1).to(next(encoder.parameters()).device))
+    context = features.unflatten(0, (-1, count)).flatten(1, 2)      # (b n) t d -> b (n t) d
+    return {"context": context, "y": pooled[::count]}
+
+
+def cached_encode(encoder: nn.Module, encode: Encode, cache: TensorCache, key: str) -> Encode:
+    """`encode`, one caption at a time, through the cache."""
+    device = next(encoder.parameters()).device
 
     def cached(captions: list[str]) -> dict[str, Tensor]:
-        encoded = [cache(f"{key} {one}", lambda one=one: encode([one])) for one in captions]
-        return {name: torch.cat([one[name] for one in encoded]).to(device) for name in encoded[0]}
+        def one(caption: str) -> dict[str, Tensor]:
+            return cache(f"{key} {caption}", lambda: encode([caption]))
+
+        encoded = [one(caption) for caption in captions]
+        longest = max(len(each["context"][0]) for each in encoded)
+        for i, each in enumerate(encoded):
+            missing = longest - len(each["context"][0])
+            if missing:
+                empty = one("")["context"]
+                rows = [empty] * (missing // len(empty[0]))
+                encoded[i] = each | {"context": torch.cat([each["context"], *rows], dim=1)}
+        return {name: torch.cat([each[name] for each in encoded]).to(device)
+                for name in encoded[0]}
     return cached

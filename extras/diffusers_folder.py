@@ -1,26 +1,15 @@
 """Reads diffusers folders: one subfolder for each network, with config and weights."""
-import re
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from extras.diffusers_names import check_diffusers_has, names_in_folder
-from extras.files import Tensors, check_fits, open_tensors, read_json
-from sampler import PREDICTIONS
-from sd import LazyTensor, Preset, StableDiffusion, UserError
+from extras.checks import check_index, shown
+from extras.diffusers_config import check_pipeline, scheduler_settings
+from extras.files import Tensors, open_tensors, read_json
+from sd import UserError
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIG_FILES = ("scheduler/scheduler_config.json", "unet/config.json", "vae/config.json")
-
-# Files also hold buffers, training state, a second copy of the weights, and marks.
-IGNORED = re.compile(
-    r".*position_ids$|model_ema\.|.*logit_scale$|.*attn_mask$"
-    r"|(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_.*|log_one_minus_.*|posterior_.*|logvar"
-    r"|denoiser\.sigmas|v_pred|ztsnr)$")
-
-# prediction_type of schedulers and of metadata -> row of PREDICTIONS
-PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v"}
+TEXT_CONFIG_FILES = ("text_encoder/config.json", "text_encoder_2/config.json")
 
 SCHEDULERS = {  # our sampler -> diffusers' class, for those in rows of PRESETS
     "dpmpp_2m": "DPMSolverMultistepScheduler",
@@ -28,9 +17,6 @@ SCHEDULERS = {  # our sampler -> diffusers' class, for those in rows of PRESETS
     "euler_a": "EulerAncestralDiscreteScheduler",
     "lcm": "LCMScheduler",
 }
-
-# of the VAE's attention in folders from before 2023
-OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class Marks(NamedTuple):
@@ -46,7 +32,7 @@ class Marks(NamedTuple):
 
 
 def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str], Marks]:
-    """The tensors of a folder under its own names, its metadata, and its marks.
+    """The tensors of a folder as "component/name", its metadata, and its marks.
 
     Of the weights, those in fp16 are taken if `half`.
     Raises UserError if something is missing or damaged.
@@ -55,6 +41,8 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
         raise UserError(f"{path} is a folder without model_index.json: give a diffusers folder, "
                         "or a single .safetensors or .ckpt file")
     index = read_json(path / "model_index.json")
+    check_index(path / "model_index.json", index)
+    check_pipeline(path, index)
     files = {file.relative_to(path).as_posix() for file in path.glob("*/*")}
     tensors, metadata = {}, {}
     for component in COMPONENTS:
@@ -64,33 +52,48 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
         if file is None:
             raise UserError(f"{path} lacks the weights of its {component}, a .safetensors or .bin "
                             f"in {component}/")
-        shards = [Path(file).name]
-        if file.endswith(".json"):
-            shards = sorted(set(read_json(path / file, "weight_map").values()))
-        for shard in shards:
-            found, about = open_tensors(path / component / shard)
-            for name, tensor in found.items():
-                tensors |= modern_name_and_layout(f"{component}/{name}", tensor)
-            if component == "unet":  # where save_folder writes it
-                metadata |= {key: value for key, value in about.items() if key != "format"}
+        found, about = open_weights(path / file)
+        tensors |= {f"{component}/{name}": tensor for name, tensor in found.items()}
+        if component == "unet":  # where save_folder writes it
+            metadata = {key: value for key, value in about.items() if key != "format"}
     return tensors, metadata, read_marks(path)
 
 
-def modern_name_and_layout(name: str, tensor: LazyTensor) -> Tensors:
-    """The tensor as today's diffusers writes it; nothing if it is no weight."""
-    if IGNORED.match(name.partition("/")[2]):
-        return {}
-    if name.endswith("text_projection.weight"):  # x @ projection.T there, x @ projection here
-        tensor = transposed(tensor)
-    # transformers 5 may leave text_model. out
-    name = re.sub(r"^(text_encoder(_2)?/)(?!text_model\.|text_projection)", r"\1text_model.", name)
-    name = re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
-                  lambda match: OLD_VAE_ATTENTION[match[1]], name)
-    return {name: tensor}
+def open_weights(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors and metadata of a file, or of the shards that an index lists."""
+    if not file.name.endswith(".json") and ".index." not in file.name:
+        return open_tensors(file)
+    tensors, metadata = {}, {}
+    for shard in shards_in(file):
+        found, about = open_tensors(file.parent / shard)
+        tensors |= found
+        metadata |= about
+    return tensors, metadata
 
 
-def transposed(tensor: LazyTensor) -> LazyTensor:
-    return LazyTensor(tensor.shape[::-1], lambda: tensor.read().T)
+def shards_in(file: Path) -> list[str]:
+    """The files that an index of shards lists. Raises UserError for what is no plain name."""
+    shards = list(read_json(file, "weight_map").values())
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") \
+                or "\0" in shard:
+            raise UserError(f"{file}: weight_map lists {shown(shard)}, which is no name of a file "
+                            "beside it")
+    return sorted(set(shards))
+
+
+def open_component(path: Path, component: str, half: bool) -> Tensors | None:
+    """The tensors in a folder of one network alone, or of this network in a whole model's folder.
+
+    None: it has no weights of it.
+    """
+    folder = path / component if (path / component).is_dir() else path
+    files = {f"{component}/{file.name}" for file in folder.glob("*")}
+    file = weights_file(files, component, half)
+    if file is None:
+        return None
+    tensors, _ = open_weights(folder / Path(file).name)
+    return {f"{component}/{name}": tensor for name, tensor in tensors.items()}
 
 
 def weights_file(files: set[str], component: str, half: bool) -> str | None:
@@ -112,37 +115,12 @@ def weights_file(files: set[str], component: str, half: bool) -> str | None:
 def read_marks(path: Path) -> Marks:
     """What the folder's JSON files say. Raises UserError for a model that cannot be drawn with."""
     scheduler, unet, vae = (read_json(path / file) for file in CONFIG_FILES)
-    prediction = scheduler.get("prediction_type", "epsilon")
-    prediction_type = PREDICTION_TYPES.get(prediction, prediction)
-    if scheduler.get("rescale_betas_zero_snr"):
-        # Only v works with it: where all is noise, the noise says nothing about the picture.
-        prediction_type += "-zero-snr"
-        prediction += "-zero-snr"
-    if prediction_type not in PREDICTIONS:
-        raise UserError(f"{path} predicts {prediction!r}, not epsilon or v_prediction")
-    beta_schedule = scheduler.get("beta_schedule")
-    if beta_schedule not in (None, "scaled_linear", "linear"):
-        raise UserError(f"{path} has the noise schedule {beta_schedule!r}, not scaled_linear or "
-                        "linear")
-    marks = Marks(prediction_type, None, None, unet.get("sample_size"), vae.get("scaling_factor"),
-                  scheduler.get("beta_start"), scheduler.get("beta_end"), beta_schedule)
+    marks = Marks(sample_size=unet.get("sample_size"), scale_factor=vae.get("scaling_factor"),
+                  **scheduler_settings(path))
+    if scheduler.get("_class_name") == SCHEDULERS["lcm"]:
+        marks = marks._replace(sampler="lcm")
     for sampler, theirs in SCHEDULERS.items():
         kind = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
         if kind == (theirs, "trailing"):  # as turbo models come
             marks = marks._replace(timestep_spacing="trailing", sampler=sampler)
     return marks
-
-
-def from_folder_layout(path: Path, tensors: Tensors, preset: Preset,
-                       strict: bool = True) -> Tensors:
-    """The tensors of `open_folder` under the names of StableDiffusion.state_dict().
-
-    Raises UserError, if `strict`, unless the folder holds exactly this model.
-    """
-    check_diffusers_has(preset)
-    with torch.device("meta"):
-        sd = StableDiffusion(preset)
-    names, wanted = names_in_folder(sd), sd.state_dict()
-    if strict:
-        check_fits(path, tensors, {names[name]: tensor for name, tensor in wanted.items()})
-    return {name: tensors[names[name]] for name in wanted if names[name] in tensors}

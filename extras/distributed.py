@@ -144,17 +144,37 @@ def full_model(sd: StableDiffusion, sharded: bool, rank: int) -> Iterator[Stable
 
 # --- stopping ---
 
-def catch_signals(alone: bool) -> list[int]:
+class StoppedError(BaseException):
+    """A signal came while the process waited."""
+
+
+class Signals(list[int]):
+    """The signals that came. If `alone`, one that comes inside `heeded` raises StoppedError."""
+
+    waiting = False
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+
+
+def catch_signals(alone: bool) -> Signals:
     """A list that Ctrl-C or SIGTERM is put into, so that the step ends and is saved.
 
     A second one kills the process if it is `alone`. torchrun passes on every signal it gets.
     """
-    received = []
+    received = Signals()
 
     def receive(number: int, _: object) -> None:
         received.append(number)
         if alone:
             signal.signal(number, signal.SIG_DFL)
+            if received.waiting:
+                raise StoppedError
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, receive)

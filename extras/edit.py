@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 from torch import Tensor
 
+from extras import samplers  # noqa: F401  (it adds samplers and schedules)
 from extras.files import on_white
-from sampler import Cond, Denoise, Noise, cfg, get_sigmas
+from sampler import Cond, Denoise, Noise, NoiseSchedule, cfg, get_sigmas
 from sd import StableDiffusion, UserError, num_steps, pixels
 
 Guide = Callable[..., Denoise]
@@ -32,19 +33,21 @@ def draw(
     strength: float | None = None,
     image_guidance: float | None = None,
     cfg_end: float | None = None,
+    cfg_rescale: float | None = None,
     **options,
 ) -> list[Image.Image]:
     """As `sd.generate`, and with a picture what the model can do with it.
 
     An ordinary model changes the picture (`img2img`), or with a mask fills it in (`inpaint`); an
     inpainting model fills it in; InstructPix2Pix takes the prompt as an instruction (`instruct`).
-    `cfg_end` is the share of the steps, from the first, that are guided (`cfg_interval`).
+    `cfg_end` is the share of the steps, from the first, that are guided (`cfg_interval`),
+    `cfg_rescale` that of `rescaled_cfg`.
     Raises UserError for pictures, masks and settings that do not go together.
     """
-    check_inputs(sd, image, mask, image_guidance, cfg_end)
+    check_inputs(sd, image, mask, image_guidance, cfg_end, cfg_rescale)
     if strength is None:
         strength = default_strength(sd, mask)
-    guide = cfg
+    guide = rescaled_cfg(cfg_rescale, sd.schedule) if cfg_rescale else cfg
     if concat_kind(sd) == "image":
         guide = pix2pix_cfg(1.5 if image_guidance is None else image_guidance)
     if cfg_end is not None:
@@ -82,6 +85,7 @@ def check_inputs(
     mask: Image.Image | None,
     image_guidance: float | None,
     cfg_end: float | None,
+    cfg_rescale: float | None = None,
 ) -> None:
     """Raises UserError, before any work, for what does not go together."""
     kind = concat_kind(sd)
@@ -102,6 +106,13 @@ def check_inputs(
         raise UserError(f"image guidance must be a number, not {image_guidance}")
     if cfg_end is not None and not 0 <= cfg_end <= 1:
         raise UserError(f"the guided share of the steps must lie between 0 and 1, not {cfg_end}")
+    if cfg_rescale is not None and not 0 <= cfg_rescale <= 1:
+        raise UserError(f"the share of the rescaled guidance must lie between 0 and 1, not "
+                        f"{cfg_rescale}")
+    if cfg_rescale and kind == "image":
+        raise UserError("--cfg-rescale is not for models that follow instructions: leave it out")
+    if mask is not None:
+        mask_of_drawing(mask, image)
 
 
 # --- the three ways ---
@@ -137,11 +148,17 @@ def inpaint(
     guide: Guide = cfg,
     **options,
 ) -> list[Image.Image]:
-    """Draw anew only what is white in the mask; all else stays as it was, to the pixel."""
+    """Draw anew only what is white in the mask; what is black stays as it was, to the pixel.
+
+    A mask with soft edges blends the two (see `is_soft`).
+    """
     run = prepare(sd, prompt, strength, options)
-    image, mask = fit(image, run), fit_mask(mask, run)
-    mask_pixels = torch.from_numpy(np.array(mask)[None, None] / 255).float()
-    inputs = seen_mask if concat_kind(sd) == "mask" else blended_mask
+    mask = fit_mask(mask_of_drawing(mask, image), run)
+    image = fit(image, run)
+    inputs, seen = blended_mask, mask
+    if concat_kind(sd) == "mask":       # such models know black and white only
+        inputs, seen = seen_mask, black_and_white(mask)
+    mask_pixels = torch.from_numpy(np.array(seen)[None, None] / 255).float()
     init, start, guide = inputs(sd, run, pixels([image]), mask_pixels, guide)
     images = sd.generate(prompt, init=init, strength=strength, guide=guide,
                          noise=beginning_with(start, run.noise), **options)
@@ -181,10 +198,11 @@ def blended_mask(
 
 
 def latent_mask(sd: StableDiffusion, mask: Tensor) -> Tensor:
-    """(1, 1, H, W) -> (1, 1, h, w)."""
+    """(1, 1, H, W) -> (1, 1, h, w). Gray values are averaged, black and white stay so."""
     f = sd.preset.vae.downsampling
     size = (mask.shape[2] // f, mask.shape[3] // f)
-    return F.interpolate(mask, size).to(sd.device)
+    mode = "nearest" if ((mask == 0) | (mask == 1)).all() else "area"
+    return F.interpolate(mask, size, mode=mode).to(sd.device)
 
 
 @torch.no_grad()
@@ -223,6 +241,27 @@ def cfg_interval(guide: Guide, stop: float) -> Guide:
         late = cfg(denoise, cond, uncond, 1.0)
         return lambda x, sigma: early(x, sigma) if sigma > stop else late(x, sigma)
     return interval
+
+
+def rescaled_cfg(share: float, schedule: NoiseSchedule) -> Guide:
+    """Guidance of which the contrast is brought back by `share` of the way to the prompt's guess.
+
+    Lin et al. 2024, section 3.4, equations 14 to 16; of what the network answers.
+    """
+    def guide(denoise: Callable, cond: Cond, uncond: Cond, scale: float) -> Denoise:
+        if scale in (0, 1):
+            return cfg(denoise, cond, uncond, scale)
+        both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+
+        def guided(x: Tensor, sigma: float) -> Tensor:
+            c_skip, c_out = schedule.prediction.c_skip(sigma), schedule.prediction.c_out(sigma)
+            guesses = denoise(torch.cat([x, x]), sigma, **both).chunk(2)
+            negative, positive = ((guess - c_skip * x) / c_out for guess in guesses)
+            answer = negative + scale * (positive - negative)
+            std, wanted = (one.std((1, 2, 3), keepdim=True) for one in (answer, positive))
+            return c_skip * x + c_out * answer * (share * wanted / std + 1 - share)
+        return guided
+    return guide
 
 
 def masked(guide: Guide, known: Tensor, mask: Tensor) -> Guide:
@@ -308,9 +347,57 @@ def fit(image: Image.Image, run: Run) -> Image.Image:
 
 
 def fit_mask(mask: Image.Image, run: Run) -> Image.Image:
-    """The mask likewise, each pixel black or white."""
-    mask = ImageOps.fit(mask.convert("L"), (run.width, run.height), Image.Resampling.NEAREST)
+    """The mask likewise. Each pixel is black or white, but for soft masks."""
+    soft = is_soft(mask)
+    how = Image.Resampling.BILINEAR if soft else Image.Resampling.NEAREST
+    mask = ImageOps.fit(mask, (run.width, run.height), how)
+    return mask if soft else black_and_white(mask)
+
+
+def black_and_white(mask: Image.Image) -> Image.Image:
     return mask.point(lambda value: 255 * (value >= 128))
+
+
+def is_soft(mask: Image.Image) -> bool:
+    """Whether grays are meant: somewhere 3x3 pixels are gray, between a tenth and nine tenths.
+
+    The gray rim of an edge that is drawn smoothly is thinner. It is cut at one half.
+    """
+    values = np.asarray(mask)
+    gray = Image.fromarray(np.uint8(255 * ((values > 25) & (values < 230))))
+    return gray.filter(ImageFilter.MinFilter(3)).getbbox() is not None
+
+
+def mask_of_drawing(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """The mask in gray, white where the picture is drawn anew.
+
+    What is transparent in a mask is black, as in one of white strokes. Only where the mask is the
+    picture itself with a hole, what is transparent is drawn anew. Raises UserError for a mask in
+    which nothing is white.
+    """
+    mask = mask.convert("RGBA")
+    black = Image.new("RGBA", mask.size, "black")
+    gray = Image.alpha_composite(black, mask).convert("L")
+    if has_hole(mask, image):
+        gray = ImageChops.invert(mask.getchannel("A"))
+    most = gray.getextrema()[1]
+    if most < 128 and not is_soft(gray):
+        raise UserError("nothing would be drawn anew: that is white in the mask (128 or more), "
+                        f"and its largest value is {most} of 255")
+    return gray
+
+
+def has_hole(mask: Image.Image, image: Image.Image) -> bool:
+    """Whether the mask, where it is opaque, is the picture, and not a drawing in black and white.
+
+    Both are RGBA.
+    """
+    opaque = np.asarray(mask.getchannel("A")) == 255
+    if mask.size != image.size or opaque.all() or not opaque.any():
+        return False
+    mine, theirs = (np.asarray(one.convert("RGB"), float)[opaque] for one in (mask, image))
+    drawing = np.isin(mine, (0, 255)).all()
+    return not drawing and np.abs(mine - theirs).mean() < 8
 
 
 def encode_pixels(sd: StableDiffusion, x: Tensor, noise: Tensor) -> Tensor:

@@ -36,19 +36,7 @@ from extras.deepcache import DeepCachedBlock
 from extras.fingerprints import is_current
 from extras.memory import AMX, give_back_freed_memory, keep_freed_memory, layout, loading, to
 
-__all__ = ["load_model", "optimize", "restore", "release", "loading", "to"]
-
-
-def load_model(cls: type, preset: object, tensors: dict, metadata: dict[str, str], device: str,
-               dtype: torch.dtype) -> object:
-    """What StableDiffusion.load does after it has opened the file, fast."""
-    with loading(tensors, device, dtype) as convert:
-        with torch.device("meta"):
-            sd = cls(preset)
-        sd.metadata = metadata
-        sd.load_weights(tensors, device, dtype, convert)
-    optimize(sd)
-    return sd
+__all__ = ["optimize", "restore", "release", "loading", "to"]
 
 
 def optimize(sd: object) -> None:
@@ -106,7 +94,7 @@ def fast_class(name: str, module: nn.Module, device: torch.device) -> type | Non
 
 
 def lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
-    """Store the weights of convolutions in this order. Nothing to do after `load_model`."""
+    """Store the weights of convolutions in this order. Nothing to do after loading with `to`."""
     for p in network.parameters():
         if p.ndim == 4 and not p.is_contiguous(memory_format=memory_format):
             p.data = p.data.contiguous(memory_format=memory_format)

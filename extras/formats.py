@@ -1,44 +1,85 @@
 """Checkpoints in every format: official single files (.safetensors, .ckpt), diffusers folders,
 models of the hub. What they hold, what model it is, and how a model is saved.
 
-`StableDiffusion.load` calls `open_checkpoint`, which gives the tensors under the names of
-StableDiffusion.state_dict(), none of them read yet.
+`StableDiffusion.load` calls `load_model`. Tensors go from the names of a file to official names
+(renames.py), and from there, network by network, to those of this program (components.py).
 """
 import json
 import re
+import warnings
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sd as core  # for PRESETS as they are now: a fork or a test may change them
-from extras.diffusers_folder import (
-    IGNORED,
-    PREDICTION_TYPES,
-    Marks,
-    from_folder_layout,
-    open_folder,
-)
-from extras.diffusers_names import drop_unused_layers
+from extras.checks import check_preset, checked_preset
+from extras.components import FOLDERS, take_components, without_missing_layers
+from extras.diffusers_config import scheduler_settings, vae_config, with_configs
+from extras.diffusers_folder import Marks, open_component, open_folder
+from extras.diffusers_names import check_diffusers_has, drop_unused_layers
 from extras.diffusers_save import save_folder
+from extras.fast import loading, optimize
 from extras.files import (
     Tensors,
     atomic_write,
-    check_fits,
     check_new,
     open_tensors,
+    read_json,
     save_tensors,
 )
-from extras.hub import resolve_checkpoint
-from extras.memory import keep_freed_memory
-from extras.openclip import from_single_file_layout, official_state_dict
-from sampler import PREDICTIONS
-from sd import Preset, StableDiffusion, UserError, make_network, preset_from_dict, preset_to_dict
+from extras.hub import resolve_checkpoint, resolve_component
+from extras.openclip import official_state_dict
+from extras.prediction import marks_in_file, settle_prediction
+from extras.renames import UNET, VAE, standard_names
+from sd import Preset, StableDiffusion, UserError, preset_to_dict
 
-UNET = "model.diffusion_model."
-TEXT = "cond_stage_model.transformer."
+
+class Opened(NamedTuple):
+    """A checkpoint whose tensors are not read yet."""
+    path: Path
+    tensors: Tensors            # by official names, or as diffusers' component/name
+    preset: Preset
+    rows: list[Preset]          # that it may be, if nothing says what it predicts
+    metadata: dict[str, str]
+
+
+def load_model(cls: type[StableDiffusion], path: str | Path, device: str, dtype: torch.dtype,
+               preset: Preset | str | None = None, prediction_type: str | None = None,
+               fast: bool = True, vae: str | None = None, unet: str | None = None
+               ) -> StableDiffusion:
+    """What StableDiffusion.load does for a path, with every format and, if `fast`, at speed.
+
+    `vae` and `unet`: files, folders or names of the hub that these networks come from instead.
+    Raises UserError.
+    """
+    half = dtype == torch.float16
+    opened = open_model(path, preset, prediction_type, half, unet)
+    found_vae, preset = None, opened.preset
+    if vae is not None:
+        found_vae, preset = open_vae(vae, preset, half)
+    size = [tensor for name, tensor in opened.tensors.items() if "model_ema." not in name]
+    with loading(dict(enumerate(size)), device, dtype) if fast else nullcontext(Tensor.to) as to:
+        with torch.device("meta"):
+            sd = cls(preset)
+        sd.metadata = opened.metadata
+        without = () if vae is None else (VAE,)
+        tensors = take_components(opened.path, opened.tensors, sd, without=without)
+        if vae is not None:
+            tensors |= take_components(vae, found_vae, sd, only=VAE)
+        try:
+            sd.load_weights(tensors, device, dtype, to)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    settle_prediction(sd, opened.rows, path if unet is None else unet)
+    if fast:
+        optimize(sd)
+    return sd
 
 
 def open_checkpoint(path: str | Path, preset: Preset | str | None = None,
@@ -51,65 +92,133 @@ def open_checkpoint(path: str | Path, preset: Preset | str | None = None,
     missing or not fit.
     Raises UserError if it is missing, damaged, or no model of PRESETS.
     """
-    half = dtype == torch.float16
+    opened = open_model(path, preset, prediction_type, dtype == torch.float16)
+    with torch.device("meta"):
+        sd = StableDiffusion(opened.preset)
+    tensors = take_components(opened.path, opened.tensors, sd, strict)
+    return tensors, opened.preset, opened.metadata
+
+
+def open_model(path: str | Path, preset: Preset | str | None, prediction_type: str | None,
+               half: bool, unet: str | None = None) -> Opened:
+    """A checkpoint, with the UNet of another one if `unet` is given. Raises UserError."""
     path = resolve_checkpoint(path, half)
+    source = open_source(path, half)
+    if unet is not None:
+        other = open_unet(unet, half)
+        tensors = {name: tensor for name, tensor in source.tensors.items()
+                   if not name.startswith((UNET, FOLDERS[UNET], "model_ema."))}
+        source = source._replace(tensors=tensors | other.tensors, marks=other.marks,
+                                 metadata=other.metadata)
+    found, rows = identify(source, preset, prediction_type)
+    if path.is_dir():
+        check_diffusers_has(found)
+        found = drop_unused_layers(found)
+        if preset is None and isinstance(found.unet, core.UNetConfig):
+            index = read_json(path / "model_index.json")
+            index |= {} if unet is None else {"unet": None}
+            found = with_configs(path, index, found)
+    if preset is None:
+        check_preset(path, found)
+    found = without_missing_layers(source.tensors, found)
+    return Opened(path, source.tensors, found, rows, source.metadata)
+
+
+class Source(NamedTuple):
+    """What stands in a file or folder."""
+    path: Path
+    tensors: Tensors
+    metadata: dict[str, str]
+    marks: Marks
+
+
+def open_source(path: Path, half: bool) -> Source:
+    """A whole model's file or folder. Raises UserError if it cannot be read."""
     if path.is_dir():
         tensors, metadata, marks = open_folder(path, half)
-        preset = identify(path, tensors, metadata, marks, preset, prediction_type)
-        preset = drop_unused_layers(preset)
-        return from_folder_layout(path, tensors, preset, strict), preset, metadata
-    tensors, metadata, marks = open_single_file(path)
-    preset = identify(path, tensors, metadata, marks, preset, prediction_type)
-    return from_single_file_layout(path, tensors, preset, strict), preset, metadata
-
-
-def open_single_file(path: Path) -> tuple[Tensors, dict[str, str], Marks]:
-    """A file's tensors by official name, its metadata, and its marks.
-
-    Raises UserError if it cannot be read.
-    """
+        return Source(path, standard_names(tensors), metadata, marks)
     tensors, metadata = open_tensors(path)
-    # Two kinds of marks: SAI's model specification in the metadata, and empty tensors that
-    # trainers of SDXL variants add. The specification has no word for zero SNR.
-    mark = metadata.get("modelspec.prediction_type", "v" if "v_pred" in tensors else None)
-    prediction_type = PREDICTION_TYPES.get(mark, mark)
-    if prediction_type == "v" and "ztsnr" in tensors:
-        prediction_type = "v-zero-snr"
-    if prediction_type not in PREDICTIONS:
-        prediction_type = None
-    # old merges lack text_model.
-    tensors = {re.sub(rf"^{TEXT}(?!text_model\.)", f"{TEXT}text_model.", name): tensor
-               for name, tensor in tensors.items()}
-    weights = {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}
-    return weights, metadata, Marks(prediction_type)
+    marks = marks_in_file(path, tensors, metadata)
+    tensors = standard_names(tensors)
+    return Source(path, tensors, metadata, marks)
+
+
+# --- parts in files of their own ---
+
+def open_unet(name: str, half: bool) -> Source:
+    """The UNet of a file, a folder or a model of the hub. Raises UserError."""
+    source = open_part(name, "unet", half)
+    tensors = {key: tensor for key, tensor in source.tensors.items()
+               if key.startswith((UNET, FOLDERS[UNET]))}
+    if not tensors:
+        raise UserError(f"{name} holds no UNet{what_it_is(source.tensors)}")
+    metadata = {key: value for key, value in source.metadata.items() if key != "config"}
+    return source._replace(tensors=tensors, metadata=metadata)
+
+
+def open_vae(name: str, preset: Preset, half: bool) -> tuple[Tensors, Preset]:
+    """The VAE of a file, a folder or a model of the hub, and the preset with its config."""
+    source = open_part(name, "vae", half)
+    tensors = {key: tensor for key, tensor in source.tensors.items()
+               if key.startswith((VAE, FOLDERS[VAE]))}
+    if not tensors:
+        raise UserError(f"{name} holds no VAE{what_it_is(source.tensors)}")
+    config = None
+    for file in (source.path / "vae/config.json", source.path / "config.json"):
+        if config is None and file.is_file():
+            config = vae_config(file, read_json(file), preset.vae)
+    stored = our_config(source.path, source.metadata)
+    if config is None and stored is not None:
+        config = stored.vae
+    if config is None:
+        return tensors, preset
+    if config.scale_factor != preset.vae.scale_factor:
+        warnings.warn(f"{name} scales latents by {config.scale_factor}, the model by "
+                      f"{preset.vae.scale_factor}: the VAE's is taken, and it may be for another "
+                      "family of models")
+    return tensors, replace(preset, vae=config)
+
+
+def open_part(name: str, component: str, half: bool) -> Source:
+    """A file or folder of one network alone, or of a whole model that has it."""
+    path = resolve_component(name, component, half)
+    if not path.is_dir():
+        return open_source(path, half)
+    tensors = open_component(path, component, half)
+    if tensors is None:
+        raise UserError(f"{name} is a folder without weights of a {component}")
+    marks = Marks()
+    if (path / "scheduler/scheduler_config.json").is_file():
+        marks = Marks(prediction_type=scheduler_settings(path)["prediction_type"])
+    return Source(path, standard_names(tensors), {}, marks)
 
 
 # --- which model is it? ---
 
-def identify(path: Path, tensors: Tensors, metadata: dict[str, str], marks: Marks,
-             preset: Preset | str | None = None, prediction_type: str | None = None) -> Preset:
-    """The preset of a checkpoint, a copy. `tensors` have the names that they have there.
+def identify(source: Source, preset: Preset | str | None = None,
+             prediction_type: str | None = None) -> tuple[Preset, list[Preset]]:
+    """The preset of a checkpoint, a copy; and the rows that it may be, if nothing says what it
+    predicts.
 
     The sources, strongest first: what the caller gives; the JSON files of a folder; the config
-    that `save` wrote; marks of other programs in a single file; shapes; for the prediction type,
-    if rows of the same shapes differ in it, a probe of the UNet.
+    that `save` wrote; marks of other programs in a single file or beside it; shapes. What it
+    predicts is asked of the UNet once it is loaded (prediction.py).
     Raises UserError if it is none of PRESETS.
     """
+    marks, stored = source.marks, our_config(source.path, source.metadata)
     if preset is not None:
         candidates = [core.find_preset(preset) if isinstance(preset, str) else preset]
         marks = Marks()
-    elif "config" in metadata:
-        candidates = [stored_preset(path, metadata)]
-        if not path.is_dir():
+    elif stored is not None:
+        candidates = [stored]
+        if not source.path.is_dir():
             marks = Marks()
     else:
-        candidates = candidate_presets(path, tensors)
+        candidates = candidate_presets(source.path, source.tensors)
 
     if prediction_type is None:
         prediction_type = marks.prediction_type
-    if prediction_type is None and len({row.prediction_type for row in candidates}) > 1:
-        prediction_type = probe_prediction_type(path, tensors, candidates[0])
-
+    unknown = preset is None and stored is None and prediction_type is None
     found = deepcopy(closest(candidates, prediction_type, marks))
     if prediction_type is not None:
         found.prediction_type = prediction_type
@@ -120,7 +229,9 @@ def identify(path: Path, tensors: Tensors, metadata: dict[str, str], marks: Mark
     for name in "beta_start", "beta_end", "beta_schedule":
         if getattr(marks, name) is not None:
             setattr(found, name, getattr(marks, name))
-    return found
+    if marks.sampler == "lcm" and found.sampler != "lcm":
+        found.sampler, found.steps, found.guidance = "lcm", 4, 1.0
+    return found, candidates if unknown else []
 
 
 def closest(candidates: list[Preset], prediction_type: str | None, marks: Marks) -> Preset:
@@ -137,18 +248,24 @@ def closest(candidates: list[Preset], prediction_type: str | None, marks: Marks)
     return candidates[0]
 
 
+def unet_shapes(tensors: Tensors) -> tuple[int, int] | None:
+    """The UNet's input channels and text width; None if there is no UNet."""
+    conv_in = next((name for name in (f"{UNET}input_blocks.0.0.weight", "unet/conv_in.weight")
+                    if name in tensors), None)
+    to_k = next((name for name in tensors if name.startswith((UNET, "unet/"))
+                 and name.endswith("attn2.to_k.weight")), None)
+    if conv_in is None or to_k is None:
+        return None
+    return tensors[conv_in].shape[1], tensors[to_k].shape[1]
+
+
 def candidate_presets(path: Path, tensors: Tensors) -> list[Preset]:
     """The rows of PRESETS with the same input channels and text width. Raises UserError if there
     are none."""
-    prefixes = (UNET, "unet/")
-    conv_in = next((name for name in (f"{UNET}input_blocks.0.0.weight", "unet/conv_in.weight")
-                    if name in tensors), None)
-    to_k = next((name for name in tensors
-                 if name.startswith(prefixes) and name.endswith("attn2.to_k.weight")), None)
-    if to_k is None or conv_in is None:
+    widths = unet_shapes(tensors)
+    if widths is None:
         raise UserError(f"{path} is not a Stable Diffusion checkpoint: it has no UNet under "
-                        f"{' or '.join(prefixes)}")
-    widths = tensors[conv_in].shape[1], tensors[to_k].shape[1]
+                        f"{UNET} or unet/{what_it_is(tensors)}")
     guides_itself = any(name.endswith("cond_proj.weight") for name in tensors)
     known, rows = [], []
     for row in core.PRESETS.values():
@@ -164,44 +281,25 @@ def candidate_presets(path: Path, tensors: Tensors) -> list[Preset]:
     return rows
 
 
-@torch.no_grad()
-def probe_prediction_type(path: Path, tensors: Tensors, preset: Preset) -> str:
-    """"eps" or "v", by the UNet's answer to a constant at the noisiest time.
-
-    There noise is nearly the input, and the velocity nearly minus the picture. stable-diffusion.cpp
-    tells them apart like this. The weights are read layer by layer and not kept.
-    """
-    keep_freed_memory()  # each layer then reuses the last one's: 1.9 s instead of 3 for SD 2
-    unet = unet_that_reads(path, tensors, preset)
-    cfg = preset.unet
-    y = None if cfg.adm_in_channels is None else torch.full((1, cfg.adm_in_channels), 0.5)
-    out = unet(torch.full((1, cfg.in_channels, 8, 8), 0.5), torch.tensor([999]),
-               torch.full((1, 2, cfg.context_dim), 0.5), y)
-    return "v" if (out - 0.5).mean() < -1 else "eps"
+OTHER_FILES = [  # names in files that are no checkpoints -> what they are, and what to do
+    (r"lora_|hada_|lokr_|\.lora\.|\.lora_[AB]\.", "it is a LoRA: give it as --lora"),
+    (r"^(emb_params|\*|clip_l|clip_g)$", "it is a learned word: give it as --embedding"),
+    (r"^control_model\.|controlnet_|^input_hint_block", "it is a ControlNet, which goes with "
+     "examples/controlnet.py"),
+    (r"double_blocks\.|joint_blocks\.|single_blocks\.|^transformer_blocks\.",
+     "it is of another family (Flux, SD 3 or the like), which is not supported"),
+    (rf"^({re.escape(VAE)}|vae/)", "it is a VAE: give it as --vae, beside a --ckpt"),
+    (r"text_model\.|transformer\.resblocks\.", "it is a text encoder: give a whole model"),
+]
 
 
-def unet_that_reads(path: Path, tensors: Tensors, preset: Preset) -> nn.Module:
-    """A UNet in fp32 whose modules read their weights before they work and drop them after."""
-    with torch.device("meta"):
-        unet = make_network(preset.unet)
-    wanted = {UNET + name: tensor for name, tensor in unet.state_dict().items()}
-    check_fits(path, {name: tensor for name, tensor in tensors.items() if name.startswith(UNET)},
-               wanted)
-
-    def fill(name: str, module: nn.Module, *_) -> None:
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            stored = tensors[UNET + f"{name}.{own}".lstrip(".")].read()
-            weight = stored.float().reshape(parameter.shape)
-            setattr(module, own, nn.Parameter(weight, requires_grad=False))
-
-    def empty(module: nn.Module, *_) -> None:
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, own, nn.Parameter(parameter.to("meta"), requires_grad=False))
-
-    for name, module in unet.named_modules():
-        module.register_forward_pre_hook(partial(fill, name))
-        module.register_forward_hook(empty)
-    return unet.eval()
+def what_it_is(tensors: Tensors) -> str:
+    """The end of a message about a file without what is sought."""
+    for pattern, what in OTHER_FILES:
+        if any(re.search(pattern, name) for name in tensors):
+            return f"; {what}"
+    some = ", ".join(list(tensors)[:3])
+    return f"; its tensors are {some}, ..." if some else "; it holds no tensors"
 
 
 # --- the config in a file's metadata ---
@@ -211,13 +309,19 @@ RENAMED_FIELDS = {"prediction": "prediction_type", "spacing": "timestep_spacing"
                   "layers_skipped": "clip_skip"}
 
 
-def stored_preset(path: Path, metadata: dict[str, str]) -> Preset:
-    """The preset that `save` wrote. Raises UserError if it does not fit this version."""
+def our_config(path: Path, metadata: dict[str, str]) -> Preset | None:
+    """The preset that `save` wrote; None if there is none. Another program's "config" is not
+    read, which a warning says. Raises UserError if ours does not fit this version."""
+    if "config" not in metadata:
+        return None
     try:
-        return preset_from_dict(upgrade_config(dict(json.loads(metadata["config"]))))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} has a config in its metadata that does not fit this version: "
-                        f"{error}") from error
+        stored = json.loads(metadata["config"])
+    except (ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict) or not {"unet", "vae"} <= stored.keys():
+        warnings.warn(f"{path} has a config of another program in its metadata, which is not read")
+        return None
+    return checked_preset(f"{path}: the config in its metadata", upgrade_config(dict(stored)))
 
 
 def upgrade_config(stored: dict) -> dict:
@@ -228,10 +332,12 @@ def upgrade_config(stored: dict) -> dict:
     def rename(fields: dict) -> dict:
         return {RENAMED_FIELDS.get(name, name): value for name, value in fields.items()}
 
-    if "text" not in stored:
-        return stored
-    stored = rename(stored)
-    texts = [stored.pop("text"), stored.pop("text_2", None)]
+    texts = [stored.get("text"), stored.get("text_2")]
+    configs = [stored["unet"], stored["vae"], *(one for one in texts if one is not None)]
+    if "text" not in stored or not all(isinstance(one, dict) for one in configs):
+        return stored       # ours, or what checked_preset refuses
+    stored = {name: value for name, value in rename(stored).items()
+              if name not in ("text", "text_2")}
     return stored | {
         "unet": {"kind": "UNetConfig"} | stored["unet"],
         "vae": {"kind": "VAEConfig"} | stored["vae"],

@@ -1,21 +1,102 @@
 """Models of the Hugging Face hub: owner/name -> a diffusers folder on this machine."""
 import re
+from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
-from extras.diffusers_folder import COMPONENTS, CONFIG_FILES, weights_file
+from extras.diffusers_folder import COMPONENTS, CONFIG_FILES, TEXT_CONFIG_FILES, weights_file
 from sd import UserError
+
+WEB = re.compile(r"https?://")
+PAGE = re.compile(r"(?:blob|resolve|raw)/([^/]+)/([^?#]+)")  # of a file: revision, path
 
 
 def resolve_checkpoint(name: str | Path, half: bool = False) -> Path:
-    """A path that exists, unchanged. For owner/name: the folder of that model of the hub.
+    """A path that exists, unchanged. For owner/name, or the address of a model or of one of its
+    files: that folder or file of the hub.
 
     The files are downloaded unless they were before. Of the weights, those in fp16 are taken if
     `half`. Raises UserError if the hub has no such model, refuses it, or cannot be reached.
     """
-    path, name = Path(name), str(name)
+    return resolve(str(name), lambda model: download(model, half))
+
+
+def resolve_component(name: str | Path, component: str, half: bool = False) -> Path:
+    """The same for one network: a model's own ("vae"), or a model of the hub that is one."""
+    return resolve(str(name), lambda model: download_component(model, component, half))
+
+
+def resolve(name: str, get: Callable[[str], Path]) -> Path:
+    """`get` downloads a model. Raises UserError."""
+    path = Path(name)
+    if WEB.match(name):
+        model, revision, file = parse_address(name)
+        if file is not None:
+            return explained(model, lambda: download_file(model, revision, file))
+        return explained(model, lambda: get(model))
     looks_like_a_model = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
-    if path.exists() or not looks_like_a_model or path.suffix in (".safetensors", ".ckpt"):
+    ending = path.suffix.lower() in (".safetensors", ".ckpt", ".sft", ".pt", ".pth", ".bin")
+    try:
+        exists = path.exists()
+    except OSError as error:    # a name of 300 characters, a folder that cannot be read
+        raise UserError(f"cannot open {name}: {error.strerror}") from error
+    if exists or not looks_like_a_model or ending:
         return path
+    return explained(name, lambda: get(name))
+
+
+def parse_address(address: str) -> tuple[str, str, str | None]:
+    """Of an address of the hub: owner/name, revision, and the file if it is one's."""
+    from huggingface_hub import constants
+    hubs = (constants.ENDPOINT, "https://huggingface.co", "http://huggingface.co", "https://hf.co")
+    hub = next((hub for hub in hubs if address.startswith(hub + "/")), None)
+    parts = [] if hub is None else address.removeprefix(hub + "/").split("?")[0].split("/", 2)
+    if len(parts) < 2 or not parts[1]:
+        raise UserError(f"{address} is no address of a model at {constants.ENDPOINT}: download the "
+                        "file and give that")
+    match = PAGE.match(parts[2]) if len(parts) == 3 else None
+    model = "/".join(parts[:2])
+    return (model, "main", None) if match is None else (model, match[1], unquote(match[2]))
+
+
+def download_file(model: str, revision: str, file: str) -> Path:
+    """One file, and the settings beside it (A1111's .yaml) if there are any."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    try:
+        return Path(hf_hub_download(model, file, revision=revision))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise UserError(f"{model} has no file {file} at revision {revision}: look at the address "
+                        "again") from error
+
+
+def download_component(model: str, component: str, half: bool) -> Path:
+    """The folder with one network of a model, or with a model that is one network."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    names = [f"{component}/config.json", "config.json", "scheduler/scheduler_config.json"]
+    try:
+        files = {file.rfilename for file in HfApi().model_info(model).siblings}
+    except (RepositoryNotFoundError, HFValidationError):
+        raise
+    except Exception:  # no network: what was downloaded before
+        return Path(snapshot_download(model, allow_patterns=["config.json"], local_files_only=True))
+    start = f"{component}/" if any(file.startswith(f"{component}/") for file in files) else ""
+    own = {f"{component}/{Path(file).name}" for file in files
+           if file.startswith(start) and "/" not in file.removeprefix(start)}
+    weights = weights_file(own, component, half)
+    if weights is None:
+        raise UserError(f"{model} has no weights of a {component} that diffusers wrote: give the "
+                        "address of the file you want")
+    chosen = [weights] if not weights.endswith(".json") else [weights, *shards_of(weights, own)]
+    names += [start + Path(file).name for file in chosen]
+    return Path(snapshot_download(model, allow_patterns=names))
+
+
+def explained(name: str, get: Callable[[], Path]) -> Path:
+    """What `get` downloads. Raises UserError for what can go wrong, with what to do."""
     from huggingface_hub import constants  # not above: the import takes 0.2 s
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -25,7 +106,7 @@ def resolve_checkpoint(name: str | Path, half: bool = False) -> Path:
     )
     hub = constants.ENDPOINT
     try:
-        return download(name, half)
+        return get()
     except UserError:
         raise
     except GatedRepoError as error:
@@ -72,7 +153,8 @@ def allow_patterns(files: set[str], half: bool) -> list[str]:
             chosen.append(file)
         if file is not None and file.endswith(".json"):
             chosen += shards_of(file, files)
-    return ["model_index.json", *CONFIG_FILES, *chosen]
+    configs = [file for file in TEXT_CONFIG_FILES if file in files]
+    return ["model_index.json", *CONFIG_FILES, *configs, *chosen]
 
 
 def shards_of(index: str, files: set[str]) -> list[str]:

@@ -1,16 +1,15 @@
 """LoRA: a fine-tune as a small file (Hu et al. 2021, section 4.1).
 
 Beside the weight W of a layer stands the product of two thin matrices:
-W + scale * alpha / rank * up @ down. A file names the layers as kohya's tools do
-(`lora_unet_down_blocks_0_..._attn1_to_q.lora_down.weight` and `.alpha`; for SDXL also
-`lora_unet_input_blocks_...`), or as diffusers and peft do
-(`unet.down_blocks.0...attn1.to_q.lora_A.weight`). With underscores instead of dots, and by
-PREFIX_RULES, both become the names in `layers`.
+W + scale * alpha / rank * up @ down. lora_names.py knows how files name the layers, lycoris.py what
+other kinds of such files (LoHa, LoKr, DoRA and more) do to a weight.
 """
 import json
 import re
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +17,26 @@ from torch import Tensor, nn
 from clip import CLIPTextModel
 from extras.diffusers_names import diffusers_name
 from extras.files import Tensors, atomic_write, open_tensors, read_json, save_tensors
+from extras.lora_names import Sorted, other_family, sort_tensors
+from extras.lycoris import BIASES, changed_weight, factor, kind_of
+from extras.textual_inversion import add_words
 from model import UNetModel
 from sd import StableDiffusion, UserError
 
-# layer, which of its tensors
-TENSOR = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?[._](down|up|A|B)\.weight|\.(alpha))$")
-PREFIX_RULES = [
-    (r"^lora_(?=unet_)|^base_model_model_|^diffusion_model_", ""),
-    (r"^lora_te1?_", "text_encoder_"),
-    (r"^lora_te2_", "text_encoder_2_"),
-    (r"^(?=(text_model_)?encoder_)", "text_encoder_"),
-    (r"^(?!unet_|text_)", "unet_"),
-    (r"^(text_encoder_(2_)?)(?=encoder_)", r"\1text_model_"),
-]
-PEFT_ROLES = {"A": "down", "B": "up"}
-NOT_PLAIN = re.compile(r"(use_rslora|use_dora|alpha_pattern)$")  # settings of other kinds of LoRA
+# settings of peft that change what its tensors mean, and their values that do not
+NOT_KNOWN = {"use_qalora": (False, None), "layer_replication": (None,), "fan_in_fan_out": (False,),
+             "peft_type": ("LORA", "LOHA", "LOKR", None), "bias": ("none", None),
+             "modules_to_save": (None, [])}
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")    # they change the model as well
 # what `LoRA` trains: attention
 TRAINED = re.compile(r"(unet_(down|mid|up)_|text_encoder_).*_"
                      r"(to_q|to_k|to_v|to_out_0|[qkv]_proj|out_proj)$")
 
 
+# --- the layers of a model ---
+
 def layers(sd: StableDiffusion) -> dict[str, nn.Module]:
-    """The linear layers and convolutions of the UNet and the text encoders, by name.
+    """The linear layers, convolutions and norms of the UNet and the text encoders, by name.
 
     A name is diffusers', such as "unet_down_blocks_0_attentions_0_proj_in". The UNet's layers
     have their official name too. Raises UserError if the UNet is not model.py's.
@@ -52,7 +49,7 @@ def layers(sd: StableDiffusion) -> dict[str, nn.Module]:
         if not isinstance(network, (UNetModel, CLIPTextModel)):
             continue
         for name, layer in network.named_modules():
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            if not isinstance(layer, (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)):
                 continue
             found[re.sub(r"[./]", "_", diffusers_name(prefix + name, sd.preset))] = layer
             if network is sd.unet:
@@ -60,85 +57,266 @@ def layers(sd: StableDiffusion) -> dict[str, nn.Module]:
     return found
 
 
+class Projection(NamedTuple):
+    """A text encoder's `text_projection`, which is used as x @ p, as if it were a linear layer."""
+    encoder: CLIPTextModel
+
+    @property
+    def weight(self) -> Tensor:
+        return self.encoder.text_projection.T
+
+    @property
+    def bias(self) -> None:
+        return None
+
+
+def targets(sd: StableDiffusion) -> dict[str, nn.Module | Projection]:
+    """All that a file can change, by name: the layers and the text encoders' projections."""
+    found = layers(sd)
+    for i, encoder in enumerate(sd.text_encoders):
+        if hasattr(encoder, "text_projection"):
+            name = "text_encoder" if i == 0 else f"text_encoder_{i + 1}"
+            found[f"{name}_text_projection"] = Projection(encoder)
+    return found
+
+
 # --- apply ---
 
+class Change(NamedTuple):
+    """What a file has for one layer."""
+    tensors: Tensors        # role, as in lycoris.py -> tensor
+    alpha: float | None     # None: the rank
+    rslora: bool            # divide it by the square root of the rank
+
+
 @torch.no_grad()
-def apply_lora(sd: StableDiffusion, path: str | Path, scale: float = 1.0) -> None:
+def apply_lora(sd: StableDiffusion, path: str | Path, scale: float = 1.0,
+               text_scale: float | None = None) -> None:
     """Adds a LoRA to the model's weights, computed in fp32. With -scale it is taken out again, up
-    to rounding.
+    to rounding (but for DoRA, which is no sum).
 
-    Raises UserError if the file cannot be read, is no plain LoRA, or belongs to another family of
-    models. Then the model is not changed.
+    `text_scale` is the text encoders' scale, if it is another. Warns of layers that the model does
+    not have. Learned words in the file are added too.
+    Raises UserError if the file cannot be read, is of no known kind, or fits nowhere in this
+    model. Then the model is not changed.
     """
-    found, changes = layers(sd), []
-    for name, (down, up, alpha) in open_lora(Path(path)).items():
-        theirs = (up.shape[0], down[0].numel())
-        ours = None
-        if name in found:
-            ours = (found[name].weight.shape[0], found[name].weight[0].numel())
-        if theirs != ours or up.shape[1] != down.shape[0]:
-            here = "not" if ours is None else f"{ours[0]}x{ours[1]}"
-            raise UserError(f"{path} is for another family of models: {name} is "
-                            f"{theirs[0]}x{theirs[1]} there and {here} here")
-        changes.append((found[name], down, up, scale * alpha / len(down)))
-    for layer, down, up, factor in changes:
-        device = layer.weight.device
-        down, up = (matrix.flatten(1).to(device, torch.float32) for matrix in (down, up))
-        weight = layer.weight.float() + factor * (up @ down).view(layer.weight.shape)
-        layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    path = Path(path)
+    changes, words = open_file(path)
+    found, fitting, misfits = targets(sd), {}, []
+    for name, change in changes.items():
+        reason = why_not(found.get(name), name, change)
+        if reason is None:
+            fitting[name] = read_all(path, name, change.tensors)
+        else:
+            misfits.append((name, reason))
+    check_family(path, list(fitting), misfits)
+    add_bundled(sd, path, words)
+    for name, roles in fitting.items():
+        of_text = text_scale is not None and name.startswith("text_")
+        apply_change(found[name], roles, changes[name], text_scale if of_text else scale)
+    if misfits:
+        name, reason = misfits[0]
+        warnings.warn(f"{path.name}: {len(misfits)} of {len(changes)} layers do not fit this model "
+                      f"and are left out; the first is {name}: {reason}", stacklevel=2)
 
 
-def open_lora(path: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """For each layer: down (rank, in, ...), up (out, rank, ...), alpha.
+def add_bundled(sd: StableDiffusion, path: Path, words: dict[str, Tensors]) -> None:
+    """Adds the learned words of a LoRA's file. Says which, and which do not fit."""
+    for word, vectors in words.items():
+        try:
+            add_words(sd, path, [(word, key, tensor) for key, tensor in vectors.items()])
+            warnings.warn(f"{path.name} brings the learned word {word!r}", stacklevel=3)
+        except UserError as error:
+            warnings.warn(f"the learned word {word!r} is left out: {error}", stacklevel=3)
+
+
+def why_not(layer: nn.Module | Projection | None, name: str, change: Change) -> str | None:
+    """Why a change does not fit a layer. Only shapes are looked at, no tensors are read."""
+    if layer is None:
+        return f"it is {size_of(change.tensors)}there and not here"
+    kind_of(change.tensors)
+    if BIASES & change.tensors.keys() and layer.bias is None:
+        return "it has no bias here"
+    weight = torch.empty(layer.weight.shape, device="meta")
+    most = 16 * weight.numel() + 2**16      # no sensible rank is larger
+    if any(tensor.shape.numel() > most for tensor in change.tensors.values()):
+        return "it is far larger than the layer"
+    roles = {role: torch.empty(tensor.shape, device="meta")
+             for role, tensor in change.tensors.items()}
+    if "on_input" in roles:
+        roles["on_input"] = change.tensors["on_input"].read()
+    try:
+        changed_weight(roles, weight, change.alpha, change.rslora, 1.0)
+    except UserError:
+        theirs = size_of(change.tensors) or "of another shape "
+        return f"it is {theirs}there and {len(weight)}x{weight[0].numel()} here"
+    biases = [roles[role] for role in BIASES & roles.keys()]
+    if any(bias.numel() != layer.bias.numel() for bias in biases):
+        return "its bias has another length"
+    return None
+
+
+def size_of(tensors: Tensors) -> str:
+    """ "320x768 ", out and in, where that can be seen."""
+    if {"down", "up"} <= tensors.keys() and min(tensors["down"].shape, default=0) > 0:
+        down, up = tensors["down"].shape, tensors["up"].shape
+        return f"{up[0]}x{down[1:].numel()} "
+    return ""
+
+
+def check_family(path: Path, fitting: list[str], misfits: list[tuple[str, str]]) -> None:
+    """Raises UserError if nothing fits, or none of the layers that read the text."""
+    def reads_text(name: str) -> bool:
+        return name.endswith(("_attn2_to_k", "_attn2_to_v"))
+
+    texts = [name for name, _ in misfits if reads_text(name)]
+    if not misfits or (fitting and (len(texts) < 2 or any(map(reads_text, fitting)))):
+        return
+    family = other_family([name for name, _ in misfits])
+    if family is not None:
+        raise UserError(f"{path} is for another family of models: it looks like {family}")
+    name, reason = next(pair for pair in misfits if not texts or reads_text(pair[0]))
+    raise UserError(f"{path} is for another family of models: {name}: {reason}")
+
+
+def read_all(path: Path, name: str, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of a layer in fp32. Raises UserError for NaN and infinity."""
+    roles = {}
+    for role, tensor in tensors.items():
+        roles[role] = tensor.read().float()
+        if not roles[role].isfinite().all():
+            raise UserError(f"{path} is damaged: there is NaN or infinity in {name}, {role}: "
+                            "download it again or ask for another")
+    return roles
+
+
+def apply_change(layer: nn.Module | Projection, roles: dict[str, Tensor], change: Change,
+                 scale: float) -> None:
+    old = layer.weight
+    roles = {role: tensor.to(old.device) for role, tensor in roles.items()}
+    weight = changed_weight(roles, old, change.alpha, change.rslora, scale).to(old.dtype)
+    if isinstance(layer, Projection):
+        layer.encoder.text_projection = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+    else:
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    for role in BIASES & roles.keys():
+        bias = changed_bias(role, roles, layer.bias.float(), change, scale)
+        layer.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
+
+
+def changed_bias(role: str, roles: dict[str, Tensor], bias: Tensor, change: Change,
+                 scale: float) -> Tensor:
+    if role == "bias_up":   # it stands behind `up`, so it is scaled as that is
+        scale = scale * factor(change.alpha, len(roles["down"]), change.rslora)
+    return bias + scale * roles[role].reshape(bias.shape)
+
+
+# --- read ---
+
+def open_lora(path: Path) -> dict[str, Change]:
+    """What a file has for each layer, none of it read yet.
 
     `path` is a file, or a folder that peft wrote. Raises UserError as `apply_lora` does.
     """
+    return open_file(path)[0]
+
+
+def open_file(path: Path) -> tuple[dict[str, Change], dict[str, Tensors]]:
+    """`open_lora`, and the learned words in the file."""
     about = read_json(path / "adapter_config.json") if path.is_dir() else {}
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     tensors, metadata = open_tensors(file)
     try:
-        about |= json.loads(metadata.get("lora_adapter_metadata", "{}"))  # diffusers writes it
-    except ValueError as error:
+        about |= dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))  # diffusers'
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    for key, value in about.items():
-        if NOT_PLAIN.search(key) and value:
-            raise UserError(f"{path} is no plain LoRA: {key} is {value}")
-    parts = tensors_of_layers(path, tensors)
-    if not parts:
+    check_settings(path, about)
+    if not tensors:
         raise UserError(f"{path} holds no tensors")
-    found = {}
-    for layer, part in parts.items():
-        if "down" not in part or "up" not in part:
-            raise UserError(f"{path} is damaged: of {layer} it holds only {', '.join(part)}")
-        found[layer] = part["down"], part["up"], alpha_of(layer, part, about)
-    return found
+    found = sort_tensors(tensors)
+    check_known(path, found)
+    parts = {}
+    for layer, part in found.layers.items():
+        try:
+            kind_of(part)
+        except UserError as error:
+            if part.keys() == {"alpha"}:    # which changes nothing
+                continue
+            raise UserError(f"{path} is damaged: of {layer}: {error}") from error
+        parts[layer] = Change(part, alpha_of(path, layer, part, about, metadata),
+                              setting(about, layer, "use_rslora") is True)
+    return parts, found.words
 
 
-def tensors_of_layers(path: Path, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-    """Layer, as in `layers` -> its tensors "down", "up" and perhaps "alpha"."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        # diffusers' first files have a processor, and to_out without an index
-        modern = name.replace(".processor.", ".").replace("to_out_lora", "to_out.0_lora")
-        match = TENSOR.match(modern)
-        if match is None:
-            raise UserError(f"{path} is no plain LoRA: it holds {name}")
-        layer, role = match[1].replace(".", "_"), match[2] or match[3]
-        for pattern, replacement in PREFIX_RULES:
-            layer = re.sub(pattern, replacement, layer)
-        parts.setdefault(layer, {})[PEFT_ROLES.get(role, role)] = tensor.read()
-    return parts
+def check_known(path: Path, found: Sorted) -> None:
+    """Raises UserError for tensors of no known kind: without them the picture would be another."""
+    if not found.unknown:
+        return
+    first = found.unknown[0]
+    if not found.layers:
+        hint = ": a whole model is given as --ckpt" if len(found.unknown) > 400 else ""
+        raise UserError(f"{path} is no LoRA: it holds {first}{hint}")
+    raise UserError(f"{path} holds {first} and {len(found.unknown) - 1} more that are no LoRA, "
+                    "LoHa, LoKr, DoRA, IA3 or difference of weights: ask for it in one of these")
 
 
-def alpha_of(layer: str, part: dict[str, Tensor], about: dict) -> float:
-    """A layer's own alpha, else that of its network, else that of the file, else the rank."""
-    if "alpha" in part:
-        return float(part["alpha"])
+def check_settings(path: Path, about: dict) -> None:
+    """Raises UserError for settings of peft by which its tensors mean something else."""
+    for key, value in about.items():
+        name = key.rpartition(".")[2]
+        if name == "init_lora_weights" and str(value).lower().startswith(OTHER_BASE):
+            raise UserError(f"{path} goes with a changed base model: {key} is {value}: save it "
+                            "with peft's path_initial_model_for_weight_conversion")
+        if name in NOT_KNOWN and value not in NOT_KNOWN[name]:
+            raise UserError(f"{path} is no LoRA that can be read here: {key} is {value}")
+
+
+def setting(about: dict, layer: str, name: str) -> object:
+    """A setting of peft: of the layer's network, as diffusers writes it, else of the file."""
     component = re.match("unet|text_encoder(_2)?|", layer)[0]
-    for key in f"{component}.lora_alpha", "lora_alpha":
-        if key in about:
-            return float(about[key])
-    return float(len(part["down"]))
+    return about.get(f"{component}.{name}", about.get(name))
+
+
+def alpha_of(path: Path, layer: str, part: Tensors, about: dict,
+             metadata: dict[str, str]) -> float | None:
+    """A layer's own alpha, else that of its network or file, else None: the rank.
+
+    Raises UserError if it is no number.
+    """
+    if "alpha" in part:
+        return one_number(path, layer, part["alpha"])
+    patterns = setting(about, layer, "alpha_pattern")
+    found = setting(about, layer, "lora_alpha")
+    if found is None:
+        found = about.get("alpha")      # peft's LoHa and LoKr
+    for key, value in (patterns if isinstance(patterns, dict) else {}).items():
+        if not re.fullmatch(r"[\w.]+", key):
+            raise UserError(f"{path}: {key!r} in alpha_pattern is no plain name of a layer")
+        if f"_{layer}".endswith("_" + key.replace(".", "_")):
+            found = value
+    if found is None:
+        try:
+            return float(metadata["ss_network_alpha"])  # kohya's: it also writes "None"
+        except (KeyError, ValueError):
+            return None
+    return number(path, "alpha", found)
+
+
+def one_number(path: Path, layer: str, tensor) -> float:
+    """The number in a tensor of any shape, if all in it are equal."""
+    if not 1 <= tensor.shape.numel() <= 2**16:
+        raise UserError(f"{path} is damaged: the alpha of {layer} is no number")
+    values = tensor.read().double().flatten()
+    if not (values == values[0]).all():
+        raise UserError(f"{path}: the alpha of {layer} is {len(values)} numbers, not one")
+    return number(path, f"the alpha of {layer}", values[0].item())
+
+
+def number(path: Path, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e6 \
+            or value != value:
+        raise UserError(f"{path} is damaged: {name} is {value!r}, no number that makes sense")
+    return float(value)
 
 
 # --- train ---

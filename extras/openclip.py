@@ -4,14 +4,13 @@ clip.py names its modules as transformers does. OpenCLIP (github.com/mlfoundatio
 has other names, and keeps the weights of query, key and value in one tensor.
 """
 import re
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from clip import CLIPTextConfig, CLIPTextModel
-from extras.files import Tensors, check_fits
-from sd import LazyTensor, Preset, StableDiffusion
+from clip import CLIPTextModel
+from extras.files import Tensors
+from sd import LazyTensor, StableDiffusion
 
 NAMES = [  # transformers, OpenCLIP
     ("embeddings.token_embedding.", "token_embedding."),
@@ -67,28 +66,6 @@ def third(tensor: LazyTensor, i: int) -> LazyTensor:
     """Rows i/3 to (i + 1)/3."""
     shape = torch.Size([tensor.shape[0] // 3, *tensor.shape[1:]])
     return LazyTensor(shape, lambda: tensor.read().chunk(3)[i])
-
-
-def from_single_file_layout(path: Path, tensors: Tensors, preset: Preset,
-                            strict: bool = True) -> Tensors:
-    """The tensors of a single file under the names of StableDiffusion.state_dict().
-
-    Raises UserError, if `strict`, unless the file holds exactly the OpenCLIP encoders of the
-    preset. The other networks, whose names do not change, are checked when they are loaded.
-    """
-    for cfg in preset.text_encoders:
-        if not isinstance(cfg, CLIPTextConfig) or not cfg.openclip:
-            continue
-        found = {name: tensor for name, tensor in tensors.items() if name.startswith(cfg.prefix)}
-        if strict:
-            with torch.device("meta"):
-                wanted = to_openclip(CLIPTextModel(cfg).state_dict())
-            check_fits(path, found, with_prefix(cfg.prefix, wanted))
-        ours = from_openclip({name.removeprefix(cfg.prefix): tensor
-                              for name, tensor in found.items()})
-        others = {name: tensor for name, tensor in tensors.items() if name not in found}
-        tensors = others | with_prefix(cfg.prefix, ours)
-    return tensors
 
 
 def with_prefix(prefix: str, state: dict) -> dict:

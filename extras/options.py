@@ -6,13 +6,17 @@ import argparse
 import difflib
 import json
 import secrets
+import warnings
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-from extras.png_info import normalize_name, read_png, sampler_and_spacing, to_text
+from extras import a1111
+from extras.files import MAX_PIXELS
+from extras.png_info import NO_SETTINGS, read_png, to_text
+from extras.samplers import sampler_and_spacing, spacing_name
 from sampler import PREDICTIONS, SAMPLERS, SPACINGS
 from sd import BUILTIN, PRESETS, UserError
 
@@ -63,8 +67,10 @@ class Options:
         None, "prompt", "draw each line of this text file, into the folder --out; under torchrun "
         "each process draws its share", metavar="FILE")
     params_from: str | None = option(
-        None, "prompt", "draw this picture again with the settings stored in it; other options "
-        "replace them", metavar="PNG", old=("--from",))
+        None, "prompt", "draw this picture again with the settings stored in it by sd.py, A1111 or "
+        "ComfyUI; other options replace them", metavar="PICTURE", old=("--from",))
+    trust: bool = option(False, "prompt", "with --params-from: also open the files and models that "
+                         "are named in the picture")
 
     steps: int | None = option(None, "sampling", "1 to 1000", int, metavar="N", png="Steps",
                                shown=f"the model's; built-in {SMALL.steps}")
@@ -73,7 +79,7 @@ class Options:
         png="Sampler", shown=f"the model's; built-in {SMALL.sampler}", metavar="NAME")
     timestep_spacing: str | None = option(
         None, "sampling", "how the steps' noise levels are chosen: " + ", ".join(SPACINGS),
-        normalize_name, png="Schedule type", shown="the sampler's", old=("--spacing",),
+        spacing_name, png="Schedule type", shown="the sampler's", old=("--spacing",),
         metavar="NAME")
     guidance: float | None = option(
         None, "sampling", "how strongly to follow the prompt; 1 is the model's own guess, in half "
@@ -83,6 +89,10 @@ class Options:
         None, "sampling", "guide only this share of the steps, from the first: 0.5 saves a quarter "
         "of the time", float, metavar="SHARE", png="CFG end", old_png="Guided share",
         old=("--guided-share",), shown=1.0)
+    cfg_rescale: float | None = option(
+        None, "sampling", "against washed-out or burnt colors of a strong guidance: this share of "
+        "the way back to the contrast of the prompt's own guess, 0 to 1; zero-SNR models 0.7",
+        float, metavar="SHARE", png="CFG rescale", shown=0.0)
     seed: int = option(0, "sampling", "of the first picture, a number or random (or -1); the next "
                        "picture has seed + 1", seed, metavar="N", png="Seed")
     n: int = option(1, "sampling", "number of pictures of each prompt", int, metavar="N")
@@ -107,12 +117,23 @@ class Options:
     ckpt: str | None = option(
         None, "model", "a .safetensors or .ckpt, a folder of train.py or diffusers, or owner/name "
         "on the Hugging Face hub", metavar="MODEL", png="Checkpoint", shown="the built-in model")
+    vae: str | None = option(
+        None, "model", "take the VAE from this file, folder or model of the hub", metavar="FILE",
+        png="VAE", shown="that of --ckpt")
+    unet: str | None = option(
+        None, "model", "take the UNet from this file, folder or model of the hub", metavar="FILE",
+        png="UNet", shown="that of --ckpt")
     lora: list[str] | None = option(
         None, "model", "add a LoRA, as kohya, diffusers, peft or train.py write it; may be given "
         "several times", metavar="FILE[:SCALE]", png="Lora", many=True)
     embedding: list[str] | None = option(
         None, "model", "add a word learned by textual inversion; may be given several times",
         metavar="FILE", png="Embedding", many=True)
+    lora_dir: str | None = option(
+        None, "model", "where <lora:name:1> in a prompt finds its file", metavar="FOLDER")
+    clip_skip: int | None = option(
+        None, "model", "use the text encoder's last layer (1), the one before it (2) and so on",
+        int, metavar="N", png="Clip skip", shown="as it was trained: SD 1.x 1, others 2")
     preset: str | None = option(
         None, "model", "the kind of model, if --ckpt is taken for another: " + ", ".join(PRESETS),
         metavar="NAME", png="Preset")
@@ -153,6 +174,8 @@ class Options:
                                "computes in it, else fp32")
     device: str | None = option(None, "speed and memory", "cuda, mps or cpu", metavar="NAME",
                                 shown="the first of them that is there")
+    clip_skip_sd1: int | None = option(None, "hidden", "--clip-skip of a picture of A1111, which "
+                                       "takes it for SD 1.x only", int)
     batch: int | None = option(None, "hidden", "the old name of --n, and with --prompts of "
                                "--batch-size", int)
 
@@ -230,9 +253,15 @@ def parse(words: list[str]) -> Options:
         given = with_sampler(given)
     stored = {}
     if "params_from" in given:
-        stored = read_params(Path(given["params_from"]))
+        path = Path(given["params_from"])
+        stored = read_params(path, given)
         if "prompts" in given:
             del stored["prompt"]
+        if "trust" not in given:
+            stored = without_files(path, stored)
+        stored = without_dependents(stored, given)
+    elif "trust" in given:
+        raise UserError("--trust means nothing without --params-from: give that too")
     options = Options(**stored | given)
     if options.batch is not None:
         options.batch_size = options.batch
@@ -266,31 +295,91 @@ def explain_unknown(unknown: list[str], prompt: str | None) -> str:
 
 def params_text(options: dict[str, object]) -> str:
     """The options as a PNG holds them: prompt, negative prompt, and those that are set."""
-    stored = {name: options[one.name] for name, one in PNG_NAMES.items()
-              if options.get(one.name) is not None}
+    stored = {}
+    for name, one in PNG_NAMES.items():
+        value = options.get(one.name)
+        if name == "Sampler":
+            stored |= a1111.names_for(value, options.get("timestep_spacing"))
+        elif value is not None and name != "Schedule type":
+            stored[name] = value
     stored["Size"] = f"{options['width']}x{options['height']}"
     ckpt = options.get("ckpt")
     stored["Model"] = Path(BUILTIN if ckpt is None else ckpt).stem
+    stored["Version"] = "sd.py"
     return to_text(options["prompt"], options["negative"], stored)
 
 
-def read_params(path: Path) -> dict[str, object]:
-    """The options in a PNG of sd.py or A1111. Raises UserError if it has none."""
-    prompt, negative, found = read_png(path)
-    if "Init" not in found:
-        found.pop("Denoising strength", None)       # of A1111's second pass
-    if found.get("Schedule type") == "Automatic":
-        del found["Schedule type"]
-    if "Size" not in found:
-        raise UserError(f"{path} holds no settings of a picture, as sd.py and A1111 write them "
-                        "into a PNG")
+def read_params(path: Path, given: dict[str, object] | None = None) -> dict[str, object]:
+    """The options in a picture of sd.py, A1111 or ComfyUI, but those that are `given`.
+
+    Warns of what changes the picture and is not followed. Raises UserError if it has no settings,
+    or a sampler that is not known here.
+    """
+    given = {} if given is None else given
+    params = read_png(path)
+    fields = params.fields
+    ours = a1111.is_ours(fields)
+    if "Steps" not in fields and "Size" not in fields:
+        raise UserError(f"{path} {NO_SETTINGS}, as sd.py and A1111 write them into a picture")
     try:
-        width, height = map(int, found["Size"].split("x"))
-        stored = {"prompt": prompt, "negative": negative, "width": width, "height": height}
+        stored = {"prompt": params.prompt, "negative": params.negative, **size_of(fields)}
         for name, one in (OLD_PNG_NAMES | PNG_NAMES).items():
-            if name in found:
-                read = json.loads if one.metadata["many"] else one.metadata["read"]
-                stored[one.name] = read(found[name])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no settings of a picture: {error}") from error
-    return with_sampler(stored) if "sampler" in stored else stored
+            if name in fields and name not in ("Sampler", "Schedule type"):
+                stored[one.name] = read_field(one, fields[name])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} {NO_SETTINGS}: {str(error)[:200]}") from error
+    stored |= a1111.sampler_of(fields, ours, params.program)
+    a1111.check_sampler(path, fields, stored, given)
+    if any(name.startswith("Hires") for name in fields) or (ours and "init" not in stored):
+        stored.pop("strength", None)                # of A1111's second pass
+    if not ours:
+        if params.program == "A1111" and "clip_skip" in stored:
+            stored["clip_skip_sd1"] = stored.pop("clip_skip")
+        for line in a1111.notes_on(params, stored, given):
+            warnings.warn(f"{path.name}: {line}", stacklevel=3)
+    return {name: value for name, value in stored.items() if name not in given}
+
+
+def size_of(fields: dict[str, str]) -> dict[str, int]:
+    """The options `width` and `height`. Raises ValueError if the size is no size."""
+    if "Size" not in fields:
+        return {}
+    width, height = (int(side) for side in fields["Size"].lower().split("x"))
+    if not 1 <= width * height <= MAX_PIXELS:
+        raise ValueError(f"the size {width}x{height} is out of range")
+    return {"width": width, "height": height}
+
+
+def read_field(one: Field, text: str) -> object:
+    """The value of an option in a picture. Raises ValueError."""
+    if not one.metadata["many"]:
+        return one.metadata["read"](text)
+    if not text.startswith("["):        # another program's
+        return [text]
+    found = json.loads(text)
+    if not all(isinstance(value, str) for value in found):
+        raise ValueError(f"{text[:80]} is no list of names")
+    return found
+
+
+def without_files(path: Path, stored: dict[str, object]) -> dict[str, object]:
+    """The settings without the files and models that a picture names, which may be anybody's.
+
+    Says which.
+    """
+    named = sorted(PNG_NAMES[name].name for name in a1111.FILES)
+    left_out = [f"{flag(name)} {str(stored[name])[:60]}" for name in named if name in stored]
+    if left_out:
+        warnings.warn(f"{path.name} names files, left out: {', '.join(left_out)}: give them "
+                      "again, or --trust to open all", stacklevel=3)
+    return {name: value for name, value in stored.items() if name not in named}
+
+
+def without_dependents(stored: dict[str, object], given: dict[str, object]) -> dict[str, object]:
+    """The settings without those that mean nothing without a file that is not there."""
+    there = stored.keys() | given.keys()
+    for needed, names in {"init": ("mask", "strength", "image_guidance"),
+                          "ckpt": ("preset", "prediction", "vae", "unet")}.items():
+        if needed not in there:
+            stored = {name: value for name, value in stored.items() if name not in names}
+    return stored

@@ -8,34 +8,35 @@ reader: one worker of one process.
 """
 import itertools
 import json
+import os
 import re
+import signal
 import subprocess
-import sys
 import tarfile
 import urllib.request
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
+from extras.captions import PICTURES, Sample, captions_of, nonempty_lines
 from extras.data import (
-    PICTURES,
     Batch,
     Crop,
-    Sample,
     choose_caption,
     generator,
-    ignore_signals,
     load_or_error,
-    nonempty_lines,
+    load_with_workers,
 )
+from extras.terminal import complain
 from sd import UserError
+
+MAX_BYTES = 2**28    # of a file in a shard
+MAX_SKIPPED = 2**34  # of a file that is skipped: to skip what is not there takes time too
 
 
 @dataclass
@@ -88,8 +89,7 @@ class Shards(IterableDataset):
             raise UserError(f"{len(self.shards)} shards for {readers} readers ({self.world} "
                             f"processes, {workers} workers each): give at least as many shards")
         self.positions, self.number = positions, number
-        for batch in DataLoader(self, batch_size=None, num_workers=workers,
-                                worker_init_fn=ignore_signals):
+        for batch in load_with_workers(self, workers):
             positions[batch.reader] = batch.position
             yield batch
 
@@ -98,13 +98,19 @@ class Shards(IterableDataset):
         reader, readers = self.rank * workers + worker, self.world * workers
         position = self.positions.get(worker, Position())
         stream = self.read(reader, readers, position)
+        whole = position.count == 0     # whether the first epoch is read from its beginning
         for _, epoch in itertools.groupby(stream, key=lambda item: item.epoch):
+            self.used, self.error = 0, ""
             while block := list(itertools.islice(epoch, self.shuffle)):
                 g = generator(self.seed, 4, reader, position.count)
                 samples = [(index, Sample(*sample)) for index, sample in position.left]
                 for i in torch.randperm(len(block), generator=g).tolist():
                     samples.append(((position.count + i) * readers + reader, block[i].sample))
                 position = yield from self.block_batches(samples, block, position, worker)
+            if whole and self.used == 0:
+                raise UserError(f"no sample in {len(self.shards)} shards can be used; the last: "
+                                f"{self.error}")
+            whole = True
 
     def this_worker(self) -> tuple[int, int]:
         """(number of this worker, how many there are).
@@ -125,8 +131,9 @@ class Shards(IterableDataset):
         for index, sample in samples:
             loaded = load_or_error(sample, self.bucket_sizes, self.captioned)
             if isinstance(loaded, str):
-                skipped += 1
+                skipped, self.error = skipped + 1, loaded
                 continue
+            self.used += 1
             size = tuple(loaded.size[4:])
             waiting.setdefault(size, []).append((index, sample, loaded))
             if len(waiting[size]) == self.batch:
@@ -194,10 +201,16 @@ def open_stream(url: str) -> Iterator[BinaryIO]:
     """Raises OSError if it cannot be read, or if a command fails."""
     if url.startswith("pipe:"):
         command = url.removeprefix("pipe:")
-        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-            yield process.stdout
-            while process.stdout.read(1 << 16):  # a command fails if its pipe is closed early
-                pass
+        alone = get_worker_info() is None   # else it is in the process group of its worker
+        with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE,
+                              start_new_session=alone) as process:
+            try:
+                yield process.stdout
+                while process.stdout.read(1 << 16):  # a command fails if its pipe is closed early
+                    pass
+            except BaseException:  # else leaving would wait for a command that stands still
+                end_command(process, alone)
+                raise
         if process.returncode:
             raise OSError(f"the command ended with code {process.returncode}")
     elif is_remote(url):
@@ -208,6 +221,14 @@ def open_stream(url: str) -> Iterator[BinaryIO]:
             yield file
 
 
+def end_command(process: subprocess.Popen, whole_group: bool) -> None:
+    with suppress(ProcessLookupError):
+        if whole_group and hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
 def samples_or_warning(url: str) -> Iterator[Sample]:
     """The shard's samples. Where it breaks off, a line on stderr says so."""
     count = 0
@@ -215,27 +236,46 @@ def samples_or_warning(url: str) -> Iterator[Sample]:
         for sample in samples_in(url):
             yield sample
             count += 1
-    except (OSError, EOFError, tarfile.TarError, zlib.error, HTTPException) as error:
-        print(f"{url} breaks off after {count} samples ({error}); going on with the next",
-              file=sys.stderr, flush=True)
+    except Exception as error:  # tarfile raises many kinds for odd headers
+        reason = " ".join(str(error).split()) or repr(error)
+        complain(f"{url} breaks off after {count} samples ({reason}); going on with the next")
 
 
 def samples_in(url: str) -> Iterator[Sample]:
     """Consecutive files with the same name up to its first dot are a sample.
 
-    Raises tarfile.TarError, EOFError or OSError where the shard breaks off.
+    Raises an error of tarfile or of the stream where the shard breaks off.
     """
-    with open_stream(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+    with (open_stream(url) as stream,
+          tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header, errors="replace") as tar):
         for name, group in itertools.groupby(members(tar), key=lambda member: member[0]):
-            files = {kind: tar.extractfile(member).read() for _, kind, member in group}
+            files = {kind: content(tar, member) for _, kind, member in group}
             picture = next((files[kind] for kind in PICTURES if kind in files), b"")
             yield Sample(f"{url}: {name}", picture, captions_in(files))
+
+
+class Header(tarfile.TarInfo):
+    """A header. Those that say that a name of more than a megabyte follows are refused."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if not self.isfile() and self.size > 2**20:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)
+
+
+def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """A file of the archive; nothing if it is too large, or sparse and so perhaps larger still."""
+    if member.issparse() or member.size > MAX_BYTES:
+        return b""
+    return tar.extractfile(member).read()
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """The files of an archive: name up to the first dot, the rest of the name, the file."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # else it keeps every member it has seen
+        if member.size > MAX_SKIPPED:
+            raise tarfile.ReadError(f"{member.name} is said to have {member.size} bytes")
         if member.isfile():
             folder, _, file = member.name.rpartition("/")
             name, _, kind = file.partition(".")
@@ -247,9 +287,10 @@ def members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
 def captions_in(files: dict[str, bytes]) -> list[str]:
     """The lines of the .txt, else "caption" or "text" of the .json; none if they are damaged."""
     try:
-        if "txt" in files:
-            return nonempty_lines(files["txt"].decode("utf-8-sig"))
+        for kind in "txt", "caption":
+            if kind in files:
+                return nonempty_lines(files[kind].decode("utf-8-sig"))
         about = json.loads(files.get("json", b"{}"))
-        return nonempty_lines(about.get("caption") or about.get("text") or "")
-    except (ValueError, AttributeError):
+        return captions_of(about.get("caption")) or captions_of(about.get("text"))
+    except (ValueError, AttributeError, RecursionError):
         return []

@@ -1,9 +1,18 @@
 """Pages that train.py draws: sample sheets with captions, and the curve of the loss."""
 import textwrap
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from extras.files import atomic_write
+
 LINE_HEIGHT = 12
+
+
+def save_page(page: Image.Image, path: Path) -> None:
+    """Write a .png, whole or not at all. Raises UserError."""
+    with atomic_write(path) as temporary:
+        page.save(temporary)
 
 
 def sheet(pictures: list[tuple[Image.Image, str]], columns: int = 8) -> Image.Image:

@@ -1,6 +1,5 @@
 """The weights that training starts from: a checkpoint, a row of PRESETS, or some of both."""
 import json
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -9,12 +8,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from extras.checks import checked_part
+from extras.components import take_components
 from extras.files import open_tensors
-from extras.formats import open_checkpoint
+from extras.formats import open_checkpoint, open_model
+from extras.prediction import settle_prediction
+from extras.terminal import complain
 from sd import (
     BUILTIN,
     PRESETS,
     LazyTensor,
+    Preset,
     StableDiffusion,
     UserError,
     check_names_and_shapes,
@@ -34,13 +38,26 @@ def load_with_new_weights(path: str, device: str, preset: str | None, seed: int)
     A tensor that the file lacks, or has in another shape, keeps its random start value. Lines on
     stderr list these, and those of the file that the model has no use for.
     """
-    tensors, preset, metadata = open_checkpoint(path or BUILTIN, preset, None, torch.float32,
-                                                strict=False)
+    opened = open_model(path or BUILTIN, preset, None, half=False)
+    check_size(opened.path, opened.preset, opened.tensors)
     torch.manual_seed(seed)
-    sd = StableDiffusion(preset)
-    sd.metadata = metadata
+    sd = StableDiffusion(opened.preset)
+    sd.metadata = opened.metadata
+    tensors = take_components(opened.path, opened.tensors, sd, strict=False)
     sd.load_weights(with_start_values(tensors, sd), device, torch.float32)
+    settle_prediction(sd, opened.rows, opened.path)
     return sd
+
+
+def check_size(path: Path, preset: Preset, tensors: dict[str, LazyTensor]) -> None:
+    """Raises UserError for a model far larger than what the file holds of it: a config of a few
+    bytes can ask for any size."""
+    with torch.device("meta"):
+        wanted = sum(tensor.numel() for tensor in StableDiffusion(preset).state_dict().values())
+    held = sum(tensor.shape.numel() for tensor in tensors.values())
+    if wanted > 100 * held + 10**8:
+        raise UserError(f"{path} holds {held} numbers, and the model that its config describes has "
+                        f"{wanted}: give another file")
 
 
 def with_start_values(tensors: dict[str, LazyTensor], sd: StableDiffusion) -> dict[str, LazyTensor]:
@@ -67,7 +84,7 @@ def as_matrix(shape: torch.Size) -> torch.Size:
 def print_names(what: str, names: list[str], most: int = 10) -> None:
     if names:
         more = ", ..." if len(names) > most else ""
-        print(f"{len(names)} tensors {what}: {', '.join(names[:most])}{more}", file=sys.stderr)
+        complain(f"{len(names)} tensors {what}: {', '.join(names[:most])}{more}")
 
 
 def random_model(row: str, device: str, seed: int, vae: str | None) -> StableDiffusion:
@@ -116,11 +133,10 @@ def vae_config(path: Path, stored: str):
     """The VAE's part of the config in a file's metadata."""
     try:
         plain = {"kind": "VAEConfig"} | json.loads(stored)["vae"]  # older files have no kind
-        unet = {"kind": "UNetConfig"}
-        return preset_from_dict({"unet": unet, "vae": plain, "text_encoders": []}).vae
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}: the VAE's config in the metadata does not fit this program: "
                         f"{error!r}") from error
+    return checked_part(f"{path}: the config in its metadata", "vae", plain)
 
 
 def check_loadable(sd: StableDiffusion) -> None:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from clip import CLIPTextModel, Token, Tokenizer
 from extras.files import open_tensors
-from sd import StableDiffusion, UserError
+from sd import LazyTensor, StableDiffusion, UserError
 
-UNNAMED = ("*", "emb_params", "clip_l", "clip_g")  # as A1111 writes them, and for SDXL
+UNNAMED = {  # names of tensors that are no words: their text encoder, if they say which
+    "*": None, "emb_params": None, "string_to_param": None, "clip_l": 0, "clip_g": 1, "clip_h": 0,
+    "text_encoders_0": 0, "text_encoders_1": 1}     # also of trainers of diffusers
+MOST_VECTORS = 75   # of a word: more do not fit between start and end
 
 
 class LearnedWord(NamedTuple):
@@ -28,18 +31,29 @@ def add_embedding(sd: StableDiffusion, path: str | Path) -> list[str]:
     """Adds the words in a file {word: vectors (N, D)}. Returns them.
 
     The word of a tensor with a name in UNNAMED is in the metadata, where training writes it; else
-    it is the name of the file.
+    it is the name of the file. In a prompt it may be written in upper or lower case.
     Raises UserError if the file cannot be read, is for another family of models, or has a word
     that the vocabulary has already. Then the model is not changed.
     """
-    path, learned = Path(path), []
+    path = Path(path)
     tensors, metadata = open_tensors(path)
-    for name, tensor in tensors.items():
-        word = metadata.get("word", path.stem) if name in UNNAMED else name
-        vectors = torch.atleast_2d(tensor.read().float())
-        encoder = encoder_of_width(sd, vectors.shape[1], path)
-        taken = word in encoder.tokenizer.bpe.get_vocab()
-        if taken or any(other.encoder is encoder and other.word == word for other in learned):
+    word = metadata.get("word", path.stem)
+    return add_words(sd, path, [(word if name in UNNAMED else name, name, tensor)
+                                for name, tensor in tensors.items()])
+
+
+def add_words(sd: StableDiffusion, path: Path,
+              found: list[tuple[str, str, LazyTensor]]) -> list[str]:
+    """As `add_embedding`, for tensors (word, name of the tensor, vectors) of a file."""
+    learned: list[LearnedWord] = []
+    for word, name, tensor in found:
+        vectors = read_vectors(path, word, tensor)
+        encoder = encoder_of_width(sd, vectors.shape[1], path, UNNAMED.get(name))
+        vocabulary = encoder.tokenizer.bpe.get_vocab()
+        taken = word in vocabulary or word.lower() in vocabulary
+        same = [other for other in learned
+                if other.encoder is encoder and other.word.lower() == word.lower()]
+        if taken or same:
             raise UserError(f"{path}: {word!r} is in the vocabulary already: rename it")
         learned.append(LearnedWord(encoder, word, vectors))
     served = [encoder for encoder in sd.text_encoders
@@ -52,11 +66,31 @@ def add_embedding(sd: StableDiffusion, path: str | Path) -> list[str]:
     return [one.word for one in learned]
 
 
-def encoder_of_width(sd: StableDiffusion, width: int, path: Path) -> CLIPTextModel:
-    """The text encoder with vectors of this width. Raises UserError if there is none."""
+def read_vectors(path: Path, word: str, tensor: LazyTensor) -> Tensor:
+    """(N, D) in fp32. Raises UserError for other shapes, too many vectors, and NaN."""
+    shape = tensor.shape
+    rows = shape[0] if len(shape) == 2 else 1
+    if not 1 <= len(shape) <= 2 or not 1 <= rows <= MOST_VECTORS or shape[-1] > 2**16:
+        raise UserError(f"{path} holds no learned word: {word!r} has the shape {list(shape)}, not "
+                        f"1 to {MOST_VECTORS} vectors")
+    if not word.strip() or len(word) > 200:
+        raise UserError(f"{path} holds no learned word: its name {word[:40]!r} cannot be one")
+    vectors = torch.atleast_2d(tensor.read().detach().float())
+    if not vectors.isfinite().all():
+        raise UserError(f"{path} is damaged: there is NaN or infinity in {word!r}")
+    return vectors
+
+
+def encoder_of_width(sd: StableDiffusion, width: int, path: Path,
+                     index: int | None = None) -> CLIPTextModel:
+    """The text encoder with vectors of this width; `index`: the one it must be.
+
+    Raises UserError if there is none.
+    """
     for encoder in sd.text_encoders:
         check_takes_words(encoder)
-    for encoder in sd.text_encoders:
+    allowed = sd.text_encoders if index is None else sd.text_encoders[index:index + 1]
+    for encoder in allowed:
         if encoder.cfg.hidden_size == width:
             return encoder
     widths = " and ".join(str(encoder.cfg.hidden_size) for encoder in sd.text_encoders)
@@ -89,7 +123,8 @@ class TokenizerWithWords(Tokenizer):
 
 
 def add_word(tokenizer: Tokenizer, word: str, ids: list[int]) -> None:
-    """From now on `word` stands for these ids wherever it is a word of its own in a prompt.
+    """From now on `word` stands for these ids wherever it is a word of its own in a prompt, in
+    upper or lower case.
 
     It must not be in the vocabulary. Only this tokenizer changes.
     """
@@ -97,7 +132,7 @@ def add_word(tokenizer: Tokenizer, word: str, ids: list[int]) -> None:
         tokenizer.__class__ = TokenizerWithWords
         tokenizer.words = {}
     tokenizer.bpe = BPETokenizer.from_str(tokenizer.bpe.to_str())  # all tokenizers share load_bpe's
-    tokenizer.bpe.add_tokens([AddedToken(word, single_word=True, normalized=False)])
+    tokenizer.bpe.add_tokens([AddedToken(word, single_word=True, normalized=True)])
     tokenizer.words[tokenizer.bpe.token_to_id(word)] = ids
 
 

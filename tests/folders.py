@@ -20,7 +20,10 @@ SD, XL = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
 PIPELINES = {
     "sd1": SD, "sd1-inpaint": diffusers.StableDiffusionInpaintPipeline,
     "instruct-pix2pix": diffusers.StableDiffusionInstructPix2PixPipeline,
-    "sd2-base": SD, "sd2": SD, "sd-turbo": SD, "sdxl": XL, "sdxl-turbo": XL, "lcm": SD}
+    "sd2-base": SD, "sd2": SD, "sd-turbo": SD, "sdxl": XL, "sdxl-turbo": XL, "lcm": SD,
+    "sd2-inpaint": diffusers.StableDiffusionInpaintPipeline,
+    "sdxl-inpaint": diffusers.StableDiffusionXLInpaintPipeline,
+    "sdxl-instruct-pix2pix": diffusers.StableDiffusionXLInstructPix2PixPipeline}
 TURBO = {  # as their folders are published
     "sd-turbo": diffusers.EulerDiscreteScheduler,
     "sdxl-turbo": diffusers.EulerAncestralDiscreteScheduler}
@@ -28,7 +31,8 @@ SD2_ROWS, SDXL_ROWS = ("sd2-base", "sd2", "sd-turbo"), ("sdxl", "sdxl-turbo")
 FAMILIES = {  # the rows of PRESETS with the same shapes
     "sd1": ("sd1",), "sd1-inpaint": ("sd1-inpaint",), "instruct-pix2pix": ("instruct-pix2pix",),
     "sd2-base": SD2_ROWS, "sd2": SD2_ROWS, "sd-turbo": SD2_ROWS,
-    "sdxl": SDXL_ROWS, "sdxl-turbo": SDXL_ROWS, "lcm": ("lcm",)}
+    "sdxl": SDXL_ROWS, "sdxl-turbo": SDXL_ROWS, "lcm": ("lcm",),
+    **{name: (name,) for name in ("sd2-inpaint", "sdxl-inpaint", "sdxl-instruct-pix2pix")}}
 WHITE = Image.new("L", (64, 64), 255)  # a mask: all of the picture is drawn anew
 SHARDED = dict(max_shard_size="400KB")
 
@@ -89,9 +93,13 @@ def assert_one_line(call: Callable, pattern: str) -> str:
 def picture_by_diffusers(pipe, name: str, **settings) -> Image.Image:
     """A picture from seed 5. Models that change pictures are given one."""
     size = dict(width=64, height=64)
-    inputs = {
-        "sd1-inpaint": dict(image=photograph(), mask_image=WHITE, strength=1.0, **size),
-        "instruct-pix2pix": dict(image=photograph(), image_guidance_scale=1.5)}.get(name, size)
+    inputs = size
+    if name.endswith("inpaint"):
+        inputs = dict(image=photograph(), mask_image=WHITE, strength=1.0, **size)
+    if name.endswith("instruct-pix2pix"):
+        inputs = dict(image=photograph(), image_guidance_scale=1.5)
+        if name.startswith("sdxl"):  # which does not take the picture's size
+            inputs |= size
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(5)
     return pipe(PROMPTS["prompt"], generator=generator, **inputs, **settings).images[0]
@@ -99,8 +107,9 @@ def picture_by_diffusers(pipe, name: str, **settings) -> Image.Image:
 
 def inputs_of(name: str) -> dict:
     """The same inputs for extras.edit.draw."""
-    return {"sd1-inpaint": dict(image=photograph(), mask=WHITE),
-            "instruct-pix2pix": dict(image=photograph())}.get(name, {})
+    if name.endswith("inpaint"):
+        return dict(image=photograph(), mask=WHITE)
+    return dict(image=photograph()) if name.endswith("instruct-pix2pix") else {}
 
 
 def run_cli(capsys, *words) -> tuple[int, str, str]:

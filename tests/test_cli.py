@@ -639,10 +639,11 @@ def test_nan_is_refused_and_never_drawn(tiny, tmp_path, capsys):  # noqa: F811
     tensors, config, path = load_file(tiny), config_of(tiny), tmp_path / "nan.safetensors"
     tensors[OUT][0] = torch.nan
     save_file(tensors, path, config)
-    assert "NaN at step 1: try dtype fp32" in assert_refused(capsys, tmp_path / "o.png", "--ckpt",
-                                                             path)
+    line = assert_refused(capsys, tmp_path / "o.png", "--ckpt", path)
+    assert f"NaN from the UNet: its weights hold NaN or infinity ({OUT})" in line
+    assert "fp32" not in line.replace("torch.float32", "")  # it runs in fp32 already
     tensors[OUT][0] = 0
     tensors["first_stage_model.decoder.conv_out.bias"][0] = torch.nan
     save_file(tensors, path, config)
-    assert "NaN in the decoded picture" in assert_refused(capsys, tmp_path / "o.png", "--ckpt",
-                                                          path)
+    line = assert_refused(capsys, tmp_path / "o.png", "--ckpt", path)
+    assert "NaN from the VAE: its weights hold NaN or infinity" in line

@@ -23,11 +23,12 @@ from torch import nn
 
 import sd as core
 from clip import MERGES
-from extras import edit, formats
+from extras import edit, formats, prediction
 from extras.diffusers_names import diffusers_name, drop_unused_layers, names_in_folder
 from extras.diffusers_save import to_folder_layout
 from extras.formats import official_state_dict, save
-from sampler import make_sigmas
+from extras.prediction import computing_in_fp32
+from sampler import PREDICTIONS, make_sigmas
 from sd import PRESETS, Preset, StableDiffusion, preset_to_dict
 from tests.common import (
     PROMPTS,
@@ -36,6 +37,7 @@ from tests.common import (
     on_meta,
     psnr,
     random_model,
+    relative_error,
     small,
 )
 from tests.folders import (  # noqa: F401
@@ -304,8 +306,6 @@ def damages(folder: Path) -> Iterator:
            "00001-of.*can be read")
     yield (lambda: edit_tensors(folder / "text_encoder/model.safetensors", remove_seven),
            r"7 missing: text_encoder/.*, \.\.\.$")
-    yield (lambda: edit_tensors(vae, lambda tensors: tensors.update(more=torch.ones(1))),
-           "1 surplus: vae/more$")
     yield (lambda: edit_tensors(vae, rename_one),
            "1 missing: vae/encoder.conv_in.bias; 1 surplus: vae/conv_norm$")
 
@@ -333,6 +333,10 @@ def test_damaged_folders(rows, tmp_path, capsys):  # noqa: F811
         line = assert_refused(capsys, tmp_path / "o.png", "--ckpt", folder)
         assert re.search(pattern, line) and str(folder) in line, line
         shutil.rmtree(folder)
+    vae = good / "vae/diffusion_pytorch_model.safetensors"
+    save_file(load_file(vae) | {"more": torch.ones(1)}, vae)
+    with pytest.warns(UserWarning, match="ignored 1 tensor that no network uses: vae/more$"):
+        load(good)
 
 
 # --- folders and files written here ---
@@ -528,9 +532,13 @@ def test_files_with_the_old_config_are_read(rows, tmp_path, name):  # noqa: F811
 def test_configs_that_do_not_fit_are_refused(rows, tmp_path):  # noqa: F811
     rows("sd1")
     sd, path = small_model_and_pipeline("sd1")[0], tmp_path / "a.safetensors"
-    for config in '{"unet": {"width": 3}}', "[1]", "{", '{"text": 3}', '"text"':
+    for config in '{"unet": {"width": 3}, "vae": {}}', '{"unet": 1, "vae": 2, "text": 3}':
         save_plain(sd, path, config=config)
-        assert_one_line(lambda: load(path), "a.safetensors has a config in its metadata that does")
+        assert_one_line(lambda: load(path), "a.safetensors: the config in its metadata: ")
+    for config in '{"unet": {"width": 3}}', "[1]", "{", '{"text": 3}', '"text"':  # of others
+        save_plain(sd, path, config=config)
+        with pytest.warns(UserWarning, match="a.safetensors has a config of another program"):
+            assert load(path).preset == small("sd1")
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2"])
@@ -600,26 +608,30 @@ def test_prediction_type_probe(rows, tmp_path, answer, name):  # noqa: F811
     assert StableDiffusion.load(path, preset="sd-turbo", prediction_type="v").preset == turbo_v
 
 
-def test_the_probe_asks_the_whole_unet(rows, tmp_path):  # noqa: F811
-    """Its weights are read layer by layer; the answer is that of the UNet when it is loaded."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_probe_asks_the_loaded_unet_and_changes_nothing(
+        rows, tmp_path, dtype):  # noqa: F811
+    """In any precision. A CPU computes fp16 layer by layer in fp32."""
     rows("sd2")
-    sd = random_model(small("sd2-base"))
+    sd = answering(random_model(small("sd2-base")), -0.6)
     path = save_plain(sd, tmp_path / "a.safetensors")
-    tensors, _, _ = formats.open_single_file(path)
+    with pytest.warns(UserWarning, match="does not say what it predicts: by its answers it is v;"):
+        found = load(path, dtype)
+    assert found.preset == small("sd2") and found.schedule.prediction is PREDICTIONS["v"]
+    assert same_tensors(found, sd, dtype)
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
     t = torch.tensor([3, 999])
-    with torch.no_grad():
-        reading = formats.unet_that_reads(path, tensors, sd.preset)
-        for _ in range(2):
-            assert torch.equal(reading(x, t, context), sd.unet(x, t, context))
-    assert all(p.is_meta for p in reading.parameters())
+    with torch.no_grad(), computing_in_fp32(found.unet):
+        wide = found.unet(x, t, context)
+    assert relative_error(wide, sd.unet(x, t, context)) < 0.02
+    assert not any(module._forward_pre_hooks for module in found.unet.modules())
 
 
 def test_no_probe_if_the_file_says_or_nothing_is_open(rows, tmp_path, monkeypatch):  # noqa: F811
     def probed(*_):
         raise AssertionError("probed")
 
-    monkeypatch.setattr(formats, "probe_prediction_type", probed)
+    monkeypatch.setattr(prediction, "probe_prediction_type", probed)
     rows("sd2")
     sd, path = random_model(small("sd2-base")), tmp_path / "a.safetensors"
     for stored, name in ("v", "sd2"), ("v_prediction", "sd2"), ("epsilon", "sd2-base"):
@@ -635,11 +647,11 @@ def test_no_probe_if_the_file_says_or_nothing_is_open(rows, tmp_path, monkeypatc
 
 
 def test_sdxl_is_known_by_its_marks(rows, tmp_path, monkeypatch):  # noqa: F811
-    """Without a probe: all of its rows predict eps."""
-    monkeypatch.setattr(formats, "probe_prediction_type", None)
+    """Without a probe, but for the file that says nothing."""
     rows("sdxl")
     sd, path = small_model_and_pipeline("sdxl")[0], tmp_path / "d.safetensors"
     assert StableDiffusion.load(save_plain(sd, path)).preset == small("sdxl")
+    monkeypatch.setattr(prediction, "probe_prediction_type", None)
     zero_snr = replace(small("sdxl"), prediction_type="v-zero-snr")
     v_pred, ztsnr = {"v_pred": torch.zeros(0)}, {"ztsnr": torch.zeros(0)}
     sigmas = {"denoiser.sigmas": torch.ones(1000)}
@@ -687,7 +699,8 @@ def test_openclip_names_in_single_files(rows, tmp_path, name):  # noqa: F811
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
     save_file({key: tensor for key, tensor in tensors.items() if key != in_proj}, path)
-    assert_one_line(lambda: load(path, preset=name), f"a.safetensors.*1 missing: {in_proj}$")
+    assert_one_line(lambda: load(path, preset=name),
+                    f"a.safetensors.*text encoder .*1 missing: {in_proj}$")
     save_file(tensors | {in_proj: torch.ones(3, width)}, path)
     assert_one_line(lambda: load(path, preset=name), rf"{in_proj} \[3, {width}\] instead of")
 

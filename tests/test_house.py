@@ -14,7 +14,7 @@ FILES = {
     "README.md", "LICENSE", "requirements.txt", "requirements-test.txt", "pyproject.toml",
     ".gitignore", "train.py", "test_sd.py", *(f"{name}.py" for name in CORE)}
 FOLDERS = {".ci", "extras", "tests", "docs", "tools", "lecture", "examples", "data", "weights"}
-DOORS = {("sd", "extras.cli"), ("sd", "extras.formats"), ("sd", "extras.fast")}
+DOORS = {("sd", "extras.cli"), ("sd", "extras.formats")}
 
 
 # --- the core works alone ---

@@ -180,7 +180,7 @@ def test_a_model_of_the_hub_is_loaded_and_kept(hub, rows):  # noqa: F811
     assert same_tensors(load("me/plain"), reference())
     assert hub.downloads() == {
         "model_index.json", "scheduler/scheduler_config.json", "unet/config.json",
-        "vae/config.json", "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json", "text_encoder/config.json", "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
     hub.asked.clear()
     load("me/plain")

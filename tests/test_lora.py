@@ -3,7 +3,10 @@
 Small random models. The LoRAs are made by peft and written by diffusers or peft, or by this
 project and read by diffusers.
 """
+import json
+import random
 import re
+import warnings
 from copy import deepcopy
 
 import diffusers
@@ -12,8 +15,15 @@ import peft
 import pytest
 import torch
 from diffusers.utils import convert_state_dict_to_kohya
+from lycoris.modules.full import FullModule
+from lycoris.modules.ia3 import IA3Module
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from extras import lora_names, lycoris
 from extras.lora import LoRA, apply_lora, layers, open_lora
 from sd import PRESETS, StableDiffusion, UserError
 from tests.common import (
@@ -157,7 +167,8 @@ def test_peft_folder_of_a_text_encoder_is_read(tmp_path):
     sd, _ = copies("sd1")
     found = open_lora(tmp_path)
     assert len(found) == 4 * sd.preset.text_encoders[0].num_hidden_layers
-    assert found.keys() <= layers(sd).keys() and {alpha for *_, alpha in found.values()} == {9.0}
+    assert found.keys() <= layers(sd).keys()
+    assert {change.alpha for change in found.values()} == {9.0}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.4])
@@ -203,9 +214,10 @@ def test_older_names_are_read(tmp_path):
     save_contiguous(first_names_of_diffusers(state), tmp_path / "old.safetensors")
     new, old = open_lora(tmp_path / "new.safetensors"), open_lora(tmp_path / "old.safetensors")
     assert new.keys() == old.keys() and len(new) == 8 * 10  # ten transformer blocks
-    for name, (down, up, alpha) in new.items():
-        assert torch.equal(down, old[name][0]) and torch.equal(up, old[name][1])
-        assert alpha == old[name][2] == 4
+    for name, change in new.items():
+        for role in "down", "up":
+            assert torch.equal(change.tensors[role].read(), old[name].tensors[role].read())
+        assert change.alpha is None and old[name].alpha is None     # the rank
 
 
 # --- files of this project ---
@@ -316,37 +328,328 @@ DOWN, UP = f"{LAYER}.lora_down.weight", f"{LAYER}.lora_up.weight"
 OTHER_FAMILY = "for another family of models: "
 
 
+GOOD = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (2, 128),
+        "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": (128, 2)}
+TO_K = LAYER.replace("attn1_to_q", "attn2_to_")
+
+
+def shaped(shapes: dict) -> dict:
+    return {name: torch.full(shape, 0.1) for name, shape in shapes.items()}
+
+
 @pytest.mark.parametrize("state, said", [
     ({DOWN: (2, 64), UP: (64, 2)},
      OTHER_FAMILY + "unet_down_blocks_0.* is 64x64 there and 32x32 here"),
     ({f"{LAYER}9.lora_down.weight": (2, 32), f"{LAYER}9.lora_up.weight": (32, 2)},
-     OTHER_FAMILY + ".*to_q9 is 32x32 there and not here"),
-    ({DOWN: (2, 32)}, "damaged: of unet_.* it holds only down"),
-    ({f"{LAYER}.hada_w1_a": (2, 32)}, "no plain LoRA: it holds .*hada_w1_a"),
-    ({DOWN: (2, 32), UP: (32, 2), f"{LAYER}.dora_scale": (1, 32)},
-     "no plain LoRA: it holds .*dora_scale"),
+     OTHER_FAMILY + ".*to_q9: it is 32x32 there and not here"),
+    (GOOD | {f"{TO_K}{letter}.lora_{side}.weight": shape for letter in "kv"
+             for side, shape in (("down", (2, 99)), ("up", (32, 2)))},
+     OTHER_FAMILY + ".*attn2_to_k: it is 32x99 there and 32x32 here"),
+    ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (2, 32),
+      "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": (96, 2)}, "looks like Flux"),
+    (GOOD | {DOWN: (2, 32)}, "damaged: of unet_.* it holds only down"),
+    (GOOD | {f"{LAYER}.hada_w1_a": (2, 32)}, "damaged: of unet_.*LoHa it holds only hada_w1_a"),
+    (GOOD | {f"{LAYER}.lokr_w1": (2, 32)}, "damaged: of unet_.*LoKr it holds only lokr_w1"),
+    (GOOD | {f"{LAYER}.dora_scale": (1, 32)}, "damaged: of unet_.* it holds only dora_scale"),
+    (GOOD | {f"{LAYER}.oft_blocks": (1, 32)}, "holds .*oft_blocks and 0 more that are no LoRA"),
+    (GOOD | {f"{LAYER}.weight": (32, 32)}, "holds .*to_q.weight and 0 more"),
+    ({"model.diffusion_model.out.2.weight": (4, 4)}, "is no LoRA: it holds model.diffusion"),
     ({}, "holds no tensors"),
 ])
 def test_what_is_no_lora_for_this_model_is_refused_and_changes_nothing(state, said, tmp_path):
     sd, _ = copies("sd1")
     before = {name: tensor.clone() for name, tensor in sd.state_dict().items()}
-    good = {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (2, 128),
-            "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": (128, 2)}
-    shapes = good | state if state else {}
-    save_file({name: torch.ones(shape) for name, shape in shapes.items()},
-              tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=said):
+    save_file(shaped(state), tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=said) as error:
         apply_lora(sd, tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in sd.state_dict().items())
 
 
-@pytest.mark.parametrize("key", ["use_rslora", "use_dora"])
-def test_other_kinds_of_peft_are_refused(key, tmp_path):
-    _, pipe = copies("sd1")
-    config = peft.LoraConfig(r=4, target_modules=ATTENTION, **{key: True})
+@pytest.mark.parametrize("state, count", [
+    ({DOWN: (2, 64), UP: (64, 2)}, "1 of 2"),
+    ({f"{LAYER}9.lora_down.weight": (2, 32), f"{LAYER}9.lora_up.weight": (32, 2)}, "1 of 2"),
+    ({DOWN: (2, 32), UP: (32, 2), f"{LAYER}.lora_mid.weight": (2, 2, 3, 3)}, "1 of 2"),
+    ({f"{LAYER}.diff_b": (32,)}, "1 of 2"),     # to_q has no bias
+    ({DOWN: (99_000, 32), UP: (32, 99_000)}, "1 of 2"),
+    ({f"{LAYER}{i}.alpha": () for i in range(3)}, None)])
+def test_layers_that_do_not_fit_are_counted(state, count, tmp_path):
+    sd, _ = copies("sd1")
+    alone, _ = copies("sd1")
+    save_file(shaped(GOOD), tmp_path / "a.safetensors")
+    save_file(shaped(GOOD | state), tmp_path / "b.safetensors")
+    apply_lora(alone, tmp_path / "a.safetensors")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        apply_lora(sd, tmp_path / "b.safetensors")
+    lines = [str(one.message) for one in caught]
+    assert count is None and lines == [] or f"{count} layers do not fit this model" in lines[0]
+    assert same_weights(sd, alone) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_in_a_file_is_found_while_it_is_read(value, tmp_path):
+    state = shaped({DOWN: (2, 32), UP: (32, 2)})
+    state[UP][3, 1] = value
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="there is NaN or infinity in unet_.*to_q, up"):
+        apply_lora(copies("sd1")[0], tmp_path / "x.safetensors")
+
+
+# --- all namings are one ---
+
+def same_weights(a: StableDiffusion, b: StableDiffusion) -> float:
+    theirs = b.state_dict()
+    return max(float((tensor - theirs[name]).abs().max())
+               for name, tensor in a.state_dict().items())
+
+
+def kohya_file(name: str) -> dict:
+    """A random LoRA of a model, text encoders too: rank 4, alpha 2, under kohya's names."""
+    lora = randomize_up(LoRA(copies(name)[0], 4, alpha=2, text=True), 0.3)
+    state = {key.removeprefix("layers."): tensor.clone()
+             for key, tensor in lora.state_dict().items()}
+    return state | {f"{layer}.alpha": torch.tensor(2.0) for layer in lora.layers}
+
+
+def merged(name: str, state: dict, path, metadata: dict | None = None) -> StableDiffusion:
+    sd, _ = copies(name)
+    if path.suffix == ".safetensors":
+        save_file(state, path, metadata)
+    else:
+        torch.save(state, path)
+    apply_lora(sd, path)
+    return sd
+
+
+def dotted_names(sd: StableDiffusion) -> dict[str, str]:
+    """kohya's name of a layer -> "unet.official.name", "te1.encoder...", "te2.encoder..."."""
+    found = layers(sd)
+    official = {id(module): name for name, module in sd.unet.named_modules()}
+    names = {}
+    for name, module in found.items():
+        if id(module) in official:
+            names[f"lora_{name}"] = f"unet.{official[id(module)]}"
+    for number, encoder in enumerate(sd.text_encoders, 1):
+        for name, _ in encoder.named_modules():
+            end = name.replace(".", "_")
+            for start in [f"te{number}"] + (["te"] if len(sd.text_encoders) == 1 else []):
+                names[f"lora_{start}_text_model_{end}"] = f"te{number}.text_model.{name}"
+    return names
+
+
+STARTS = {  # unet., te1. and te2. as other tools have them
+    "OneTrainer": ("unet.", "clip_l.", "clip_g."),
+    "ComfyUI": ("diffusion_model.", "text_encoders.clip_l.transformer.",
+                "text_encoders.clip_g.transformer."),
+    "peft": ("base_model.model.unet.", "base_model.model.text_encoder.",
+             "base_model.model.text_encoder_2."),
+    "lycoris": ("lycoris_unet_", "lycoris_te1_", "lycoris_te2_"),
+    "short": ("unet.", "te1.", "te2."),
+    "official": ("model.diffusion_model.", "text_encoder.", "text_encoder_2."),
+}
+ROLE_NAMES = {
+    "kohya": {}, "peft": {"lora_down": "lora_A", "lora_up": "lora_B"},
+    "adapter": {"lora_down.weight": "lora_A.default.weight",
+                "lora_up.weight": "lora_B.default.weight"},
+    "diffusers": {"lora_down": "lora.down", "lora_up": "lora.up"},
+    "linear": {"lora_down": "lora_linear_layer.down", "lora_up": "lora_linear_layer.up"}}
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_every_naming_gives_the_same_weights(name, tmp_path):
+    """30 of them for each model."""
+    state = kohya_file(name)
+    file = tmp_path / "x.safetensors"
+    like = merged(name, state, file)
+    assert same_weights(like, copies(name)[0]) > 0.1
+    dotted = dotted_names(copies(name)[0])
+    for starts in STARTS.values():
+        for roles in ROLE_NAMES.values():
+            renamed = {}
+            for key, tensor in state.items():
+                layer, _, role = key.partition(".")
+                for ours, theirs in zip(("unet.", "te1.", "te2."), starts):
+                    if dotted[layer].startswith(ours):
+                        layer = theirs + dotted[layer].removeprefix(ours)
+                        break
+                for ours, theirs in roles.items():
+                    role = role.replace(ours, theirs)
+                renamed[f"{layer}.{role}"] = tensor
+            assert len(renamed) == len(state)
+            assert same_weights(merged(name, renamed, file), like) == 0
+
+
+def test_alphas_and_dtypes_of_all_kinds(tmp_path):
+    state, file = kohya_file("sd1"), tmp_path / "x.safetensors"
+    like = merged("sd1", state, file)
+
+    def alphas(change) -> dict:
+        return {key: change(tensor) if key.endswith(".alpha") else tensor
+                for key, tensor in state.items()}
+
+    for change in (lambda t: t.reshape(1), lambda t: t.long(), lambda t: t.reshape(1, 1, 1, 1),
+                   lambda t: t.to(torch.float8_e4m3fn), lambda t: t.expand(4).clone()):
+        assert same_weights(merged("sd1", alphas(change), file), like) == 0
+    without = {key: tensor for key, tensor in state.items() if not key.endswith(".alpha")}
+    metadata = {"ss_network_alpha": "2.0", "ss_network_dim": "4"}
+    assert same_weights(merged("sd1", without, file, metadata), like) == 0
+    assert same_weights(merged("sd1", without, file, {"ss_network_alpha": "None"}), like) > 0.01
+    double = {key: tensor.double() for key, tensor in state.items()}
+    assert same_weights(merged("sd1", double, file), like) == 0
+    pickled = tmp_path / "x.pt"
+    assert same_weights(merged("sd1", {"state_dict": state}, pickled), like) == 0
+    for wrong in (torch.tensor(float("nan")), torch.tensor([1.0, 2]), torch.zeros(0)):
+        with pytest.raises(UserError, match="alpha"):
+            merged("sd1", alphas(lambda t, wrong=wrong: wrong.clone()), file)
+
+
+def test_projection_of_the_text_encoder(tmp_path):
+    """OneTrainer's lora_te2_text_projection; the first encoder has none, which is told."""
+    state = {"lora_te2_text_projection.lora_down.weight": torch.randn(4, 48),
+             "lora_te2_text_projection.lora_up.weight": torch.randn(48, 4),
+             "lora_te2_text_projection.alpha": torch.tensor(2.0)}
+    change = 0.5 * state["lora_te2_text_projection.lora_up.weight"] \
+        @ state["lora_te2_text_projection.lora_down.weight"]
+    sd = merged("sdxl", state, tmp_path / "x.safetensors")
+    before = copies("sdxl")[0].text_encoders[1].text_projection
+    assert torch.allclose(sd.text_encoders[1].text_projection, before + change.T, atol=1e-5)
+    first = {"lora_te1_text_projection.lora_down.weight": torch.randn(4, 32),
+             "lora_te1_text_projection.lora_up.weight": torch.randn(32, 4)}
+    with pytest.warns(UserWarning, match="1 of 2 layers do not fit"):
+        both = merged("sdxl", state | first, tmp_path / "y.safetensors")
+    assert same_weights(both, sd) == 0
+
+
+def test_learned_words_in_a_lora(tmp_path):
+    state = shaped(GOOD) | {"bundle_emb.zyxcat.emb_params": torch.randn(2, 32)}
+    sd = merged("sd1", state, tmp_path / "x.safetensors")
+    assert sd.text_encoders[0].tokenizer("zyxcat")[0, 1:3].tolist() == [49408, 49409]
+    with pytest.warns(UserWarning, match="'zyxcat' is left out: .* 1 of 2 text encoders"):
+        merged("sdxl", shaped({
+            "lora_unet_mid_block_resnets_0_time_emb_proj.diff_b": (128,)}) | {
+            "bundle_emb.zyxcat.emb_params": torch.randn(2, 32)}, tmp_path / "y.safetensors")
+
+
+def test_text_encoders_have_a_scale_of_their_own(tmp_path):
+    state, file = kohya_file("sd1"), tmp_path / "x.safetensors"
+    save_file(state, file)
+    sd, _ = copies("sd1")
+    apply_lora(sd, file, 0.0, 1.0)
+    like, before = merged("sd1", state, file), copies("sd1")[0]
+    text = {name for name in like.state_dict() if name.startswith("cond_stage")}
+    for name, tensor in sd.state_dict().items():
+        theirs = (like if name in text else before).state_dict()[name]
+        assert torch.equal(tensor, theirs)
+
+
+# --- other kinds, against lycoris-lora and peft ---
+
+LAYERS = [nn.Linear(24, 36), nn.Conv2d(12, 18, 3, padding=1), nn.Conv2d(12, 18, 1)]
+KINDS = [
+    (LoConModule, {}), (LoConModule, {"use_tucker": True}),
+    (LoConModule, {"weight_decompose": True}),
+    (LoConModule, {"weight_decompose": True, "wd_on_out": False}), (LoConModule, {"rs_lora": True}),
+    (LohaModule, {}), (LohaModule, {"use_tucker": True}), (LohaModule, {"weight_decompose": True}),
+    (LokrModule, {"factor": 3}), (LokrModule, {"factor": 3, "decompose_both": True}),
+    (LokrModule, {"factor": 3, "use_tucker": True}),
+    (LokrModule, {"factor": 3, "full_matrix": True}),
+    (LokrModule, {"factor": 2, "weight_decompose": True}), (FullModule, {}), (IA3Module, {}),
+    (IA3Module, {"train_on_input": True})]
+
+
+@pytest.mark.parametrize("kind, options", KINDS)
+@pytest.mark.parametrize("number", range(3))
+def test_weights_are_those_of_lycoris(kind, options, number):
+    layer = deepcopy(LAYERS[number]).requires_grad_(False)
+    theirs = kind("x", layer, 1.0, 2, 3, **options)
+    for p in theirs.parameters():
+        p.data.add_(torch.randn_like(p) * 0.3)
+    state = theirs.custom_state_dict() if kind is not FullModule else {"diff": theirs.weight}
+    if state is None:
+        state = theirs.state_dict()
+    tensors = {}
+    for name, tensor in state.items():
+        role = lora_names.split(f"x.{name}")[1]
+        tensors[role] = tensor.detach().clone()
+    alpha = tensors.pop("alpha", None)
+    alpha = None if alpha is None else float(alpha)
+    if kind in (LohaModule, LokrModule):    # their get_merged_weight has alpha / rank twice
+        expected = layer.weight + theirs.get_weight(layer.weight.shape)
+        if theirs.wd:
+            expected = theirs.apply_weight_decompose(expected)
+    else:
+        expected = theirs.get_merged_weight(1.0)[0].reshape(layer.weight.shape)
+    if kind is FullModule:
+        expected = layer.weight + theirs.weight
+    found, expected = (weight.detach() for weight in (
+        lycoris.changed_weight(tensors, layer.weight, alpha, False, 1.0), expected))
+    assert not torch.allclose(found, layer.weight, atol=1e-3)
+    assert relative_error(found, expected) < 1e-6
+    none = lycoris.changed_weight(tensors, layer.weight, alpha, False, 0.0)
+    assert torch.equal(none, layer.weight)
+
+
+@pytest.mark.parametrize("settings", [
+    {"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"to_k": 7, "attn1.to_v": 2}},
+    {"use_rslora": True, "use_dora": True}, {"rank_pattern": {"to_q": 2}}])
+def test_other_kinds_of_peft_draw_what_peft_draws(settings, tmp_path):
+    sd, pipe = copies("sd1")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=[*ATTENTION, "conv1"],
+                             init_lora_weights=False, **settings)
     peft.get_peft_model(pipe.unet, config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no plain LoRA: "):
+    before = picture(sd)[0]
+    apply_lora(sd, tmp_path)
+    assert_changed(sd, before)
+    assert_agree(picture(sd), picture_by_diffusers(pipe), 80)
+
+
+@pytest.mark.parametrize("config", [
+    peft.LoHaConfig(r=4, alpha=6, target_modules=ATTENTION, init_weights=False),
+    peft.LoKrConfig(r=2, alpha=6, target_modules=ATTENTION, init_weights=False)])
+def test_loha_and_lokr_of_peft(config, tmp_path):
+    sd, pipe = copies("sd1")
+    peft.get_peft_model(pipe.unet, config).save_pretrained(tmp_path)
+    before = picture(sd)[0]
+    apply_lora(sd, tmp_path)
+    assert_changed(sd, before)
+    assert_agree(picture(sd), picture_by_diffusers(pipe), 80)
+
+
+@pytest.mark.parametrize("about", [
+    {"peft_type": "OFT"}, {"init_lora_weights": "pissa_niter_4"}, {"bias": "all"},
+    {"modules_to_save": ["conv_in"]}, {"lora_alpha": "many"}, {"lora_alpha": None, "alpha": [1]},
+    {"alpha_pattern": {"(a+)+": 1}}, {"layer_replication": [[0, 4]]}, {"lora_alpha": 1e300}])
+def test_settings_of_peft_that_change_the_meaning_are_refused(about, tmp_path):
+    save_file(shaped({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (2, 128),
+                      "unet.mid_block.attentions.0.proj_in.lora_B.weight": (128, 2)}),
+              tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError) as error:
         open_lora(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_odd_files_end_in_a_line(tmp_path):
+    """60 random changes of a good file's names and shapes: applied, told, or refused."""
+    rng, file = random.Random(0), tmp_path / "x.safetensors"
+    good = shaped(GOOD | {DOWN: (2, 32), UP: (32, 2), f"{LAYER}.alpha": ()})
+    for _ in range(60):
+        state = dict(good)
+        for name in rng.sample(sorted(state), rng.randint(1, 3)):
+            tensor = state.pop(name)
+            at = rng.randrange(len(name))
+            name = rng.choice([name, name[:at] + rng.choice("._x0A") + name[at + 1:], name[at:],
+                               name + rng.choice(["", ".x", ".default", "9"])])
+            shape = rng.choice([tensor.shape, (), (1,), (0,), (2, 2), (3, 5, 1, 1), (2, 0)])
+            state[name] = torch.full(shape, rng.choice([0.1, 1e30, float("nan")]))
+        save_file(state, file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                apply_lora(copies("sd1")[0], file)
+            except UserError as error:
+                assert "\n" not in str(error)
 
 
 def test_models_without_the_layers_are_refused(tmp_path):

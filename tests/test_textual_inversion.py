@@ -12,8 +12,10 @@ from extras import prompts
 from extras.formats import save
 from extras.textual_inversion import add_embedding, add_embeddings, add_word
 from sd import StableDiffusion, UserError
+from tests.command import run_cli
 from tests.common import assert_agree, our_picture, psnr, random_model, small, their_picture
 from tests.test_lora import NEGATIVE, SETTINGS, copies
+from tests.training import tiny  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers'
 
@@ -143,7 +145,64 @@ def test_learned_rows_are_trained_and_are_no_weights_of_the_encoder():
         assert encoder.encode(["a <my-cat>"])["context"].dtype == torch.float16
 
 
+def test_pickles_with_a_parameter_dict_are_read(tmp_path):
+    """A1111's first files and those of the paper's code."""
+    vectors = nn.Parameter(torch.randn(2, 32))
+    stored = {"string_to_token": {"*": torch.tensor(265)},
+              "string_to_param": nn.ParameterDict({"*": vectors})}
+    file = tmp_path / "zyxcat.pt"
+    torch.save(stored, file)
+    sd, _ = copies("sd1")
+    assert add_embedding(sd, file) == ["zyxcat"]
+    table = sd.text_encoders[0].embeddings.token_embedding
+    assert torch.equal(table(torch.tensor([49408, 49409])), vectors)
+
+
+@pytest.mark.parametrize("keys", [("text_encoders_0", "text_encoders_1"), ("clip_g", "clip_l")])
+def test_names_of_encoders(keys, tmp_path):
+    widths = {"text_encoders_0": 32, "clip_l": 32, "text_encoders_1": 48, "clip_g": 48}
+    save_file({key: torch.randn(2, widths[key]) for key in keys}, tmp_path / "mycat.safetensors")
+    sd, _ = copies("sdxl")
+    assert add_embedding(sd, tmp_path / "mycat.safetensors") == ["mycat", "mycat"]
+    save_file({key: torch.randn(2, 80 - widths[key]) for key in keys}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="another family of models"):
+        add_embedding(copies("sdxl")[0], tmp_path / "x.safetensors")
+
+
+def test_a_word_is_found_in_any_case(tmp_path):
+    save_file({"EasyNegative": torch.randn(1, 32)}, tmp_path / "x.safetensors")
+    sd, _ = copies("sd1")
+    add_embedding(sd, tmp_path / "x.safetensors")
+    for prompt in ("a EasyNegative", "a easynegative", "A EASYNEGATIVE"):
+        tokens = tokenizer_of(sd).tokenize(prompt)
+        assert [token.id for token in tokens] == [320, 49408]
+        assert tokens[1].span == (2, 14)
+
+
+def test_one_line_tells_the_words_and_whether_the_prompt_has_one(
+    tiny, tmp_path, capsys  # noqa: F811
+):
+    save_file({"<zz>": torch.randn(2, 32)}, tmp_path / "w.safetensors")
+    for prompt, said in (("a <ZZ>", "which the prompt has"), ("a cat", "has none of them")):
+        code, err, _ = run_cli(capsys, prompt, "--ckpt", tiny, "--embedding",
+                               tmp_path / "w.safetensors", "--steps", 1, "--device", "cpu", "--out",
+                               tmp_path / "o.png")
+        line, = [line for line in err.split("\n") if "brings" in line]
+        assert code == 0 and "w.safetensors brings <zz>" in line and said in line
+
+
 # --- what is refused ---
+
+@pytest.mark.parametrize("tensor, said", [
+    (torch.ones(76, 32), "1 to 75 vectors"), (torch.ones(0, 32), "1 to 75 vectors"),
+    (torch.ones(2, 2, 32), "1 to 75 vectors"), (torch.tensor(1.0), "1 to 75 vectors"),
+    (torch.full((1, 32), float("nan")), "NaN or infinity in '<x>'")])
+def test_vectors_that_are_none_are_refused(tensor, said, tmp_path):
+    save_file({"<x>": tensor}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=said):
+        add_embedding(copies("sd1")[0], tmp_path / "x.safetensors")
+
+
 
 def test_a_word_for_one_of_two_encoders_is_refused(tmp_path):
     """As one of SD 1.x is, whose width SDXL's first encoder has."""

@@ -1,14 +1,15 @@
-"""Compose captioned 64x64 pictures of the emoji in train/.
+"""Compose captioned pictures of the emoji in train/, at 64x64 pixels.
 
 They teach colours, backgrounds, sizes, places, pairs and numbers.
 
-    python data/emoji/compose.py [--n 40000] [--seed 0] [--out DIR]
+    python data/emoji/compose.py [--n 40000] [--seed 0] [--out DIR] [--size 64]
     python train.py --data data/emoji/train data/emoji/composed ...
 
 Run data/emoji/prepare.py first. It writes composed/NUMBER-KIND.png (RGB) and .txt (one to three
 captions, all of them true). The same seed writes the same pictures. Some colours of objects and
 some pairs of objects are never written (`set_aside`): a model that draws those has composed them,
 not remembered them. `recolour`, `place` and `pair` can draw the true picture of any.
+With --size 128 it writes the same scenes of train128/ (originals.py) into composed128/.
 """
 import argparse
 import random
@@ -38,7 +39,7 @@ COLOURS = {  # name: RGB of recoloured objects, then other shades of a backgroun
     "gray": [(150, 150, 153), (110, 110, 115), (185, 185, 188)],
     "black": [(48, 46, 50), (10, 10, 12), (30, 30, 33)],
     "white": [(238, 238, 240), (255, 255, 255), (247, 247, 250)]}
-PLACES = {  # words: centre (x, y) in pixels
+PLACES = {  # words: centre (x, y) in pixels of a 64x64 picture
     "on the left": (17, 32), "on the right": (47, 32),
     "at the top": (32, 17), "at the bottom": (32, 47),
     "in the top left corner": (16, 16), "in the top right corner": (48, 16),
@@ -140,23 +141,26 @@ def recolour(rgba: Image.Image, colour: str) -> Image.Image:
 
 # --- places ---
 
-def place(rgba: Image.Image, x: float, y: float, width: float, height: float) -> Image.Image:
-    """The object alone on a transparent 64x64 picture.
+def place(rgba: Image.Image, x: float, y: float, width: float, height: float,
+          side: int = 64) -> Image.Image:
+    """The object alone on a transparent picture of side x side pixels.
 
-    It is as large as fits into width x height, and its middle is at (x, y).
+    It is as large as fits into width x height, and its middle is at (x, y). These four are in
+    pixels of a 64x64 picture, whatever the side is.
     """
-    thing = rgba.crop(rgba.getchannel("A").getbbox())
-    scale = min(width / thing.width, height / thing.height)
-    size = [max(1, round(side * scale)) for side in thing.size]
+    thing, unit = rgba.crop(rgba.getchannel("A").getbbox()), side / 64
+    scale = unit * min(width / thing.width, height / thing.height)
+    size = [max(1, round(length * scale)) for length in thing.size]
     thing = thing.convert("RGBa").resize(size, Image.Resampling.LANCZOS)  # RGBa: no fringes
-    page = Image.new("RGBa", (64, 64))
-    page.paste(thing, (round(x - thing.width / 2), round(y - thing.height / 2)))
+    page = Image.new("RGBa", (side, side))
+    page.paste(thing, (round(unit * x - thing.width / 2), round(unit * y - thing.height / 2)))
     return page.convert("RGBA")
 
 
 def pair(left: Image.Image, right: Image.Image, size: float = 36) -> Image.Image:
     """Two objects side by side, each at most `size` high and half a picture wide."""
-    return Image.alpha_composite(place(left, 16, 32, 30, size), place(right, 48, 32, 30, size))
+    return Image.alpha_composite(place(left, 16, 32, 30, size, left.width),
+                                 place(right, 48, 32, 30, size, right.width))
 
 
 def on_background(rgba: Image.Image, rgb: tuple[int, int, int] = WHITE) -> Image.Image:
@@ -164,12 +168,13 @@ def on_background(rgba: Image.Image, rgb: tuple[int, int, int] = WHITE) -> Image
 
 
 def moved(rgba: Image.Image, scale: float, rng: random.Random) -> Image.Image:
-    """The whole picture smaller, and shifted by up to 3 pixels if nothing is cut off."""
-    left, top, right, bottom = rgba.getchannel("A").getbbox()
+    """The whole picture smaller, and shifted by up to 3/64 if nothing is cut off."""
+    box = rgba.getchannel("A").getbbox()
+    left, top, right, bottom = (64 / rgba.width * side for side in box)
     room = min(3, 32 * (1 - scale))
     x, y = [32 + scale * ((a + b) / 2 - 32) + rng.uniform(-room, room)
             for a, b in ((left, right), (top, bottom))]
-    return place(rgba, x, y, scale * (right - left), scale * (bottom - top))
+    return place(rgba, x, y, scale * (right - left), scale * (bottom - top), rgba.width)
 
 
 # --- words ---
@@ -242,20 +247,22 @@ def arrange(kind: str, things: list[Image.Image], words: list[str],
         return pair(*things, size=rng.uniform(34, 38)), phrases
     if "number" in kind:
         number, side = rng.choice(list(NUMBERS)), rng.uniform(26, 29)
-        picture, height = Image.new("RGBA", (64, 64)), side + 8 * (number == "two")
+        picture, height = Image.new("RGBA", thing.size), side + 8 * (number == "two")
         for x, y in NUMBERS[number]:
-            picture = Image.alpha_composite(picture, place(thing, x, y, side, height))
+            one = place(thing, x, y, side, height, thing.width)
+            picture = Image.alpha_composite(picture, one)
         return picture, [f"{number} {plural(word)}"]
     if "place" in kind:
         where, side = rng.choice(list(PLACES)), rng.uniform(25, 31)
         phrases = [f"{with_article(word)} {where}", f"{word} {where}"]
-        return place(thing, *PLACES[where], side, side), phrases
+        return place(thing, *PLACES[where], side, side, thing.width), phrases
     if "size" in kind:
         size = rng.choice(["small", "big"])
         # a big one is cut off a little
         side, off = (rng.uniform(20, 29), 2) if size == "small" else (rng.uniform(66, 70), 0)
         x, y = 32 + rng.uniform(-off, off), 32 + rng.uniform(-off, off)
-        return place(thing, x, y, side, side), [with_article(f"{size} {word}"), f"{size} {word}"]
+        picture = place(thing, x, y, side, side, thing.width)
+        return picture, [with_article(f"{size} {word}"), f"{size} {word}"]
     if kind == "plain" and word not in TEXT and rng.random() < 0.5:
         thing = thing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # some emoji fill their whole square: with a background they are smaller
@@ -275,10 +282,10 @@ def choose_background(picture: Image.Image,
     return colour, tuple(min(255, max(0, value + shift)) for value in rgb)
 
 
-def load_emoji() -> Emoji:
-    """All pictures of train/."""
+def load_emoji(folder: str = "train") -> Emoji:
+    """All pictures of a folder that prepare.py or originals.py wrote."""
     emoji = {}
-    for path in sorted((HERE / "train").glob("*.png")):
+    for path in sorted((HERE / folder).glob("*.png")):
         name, style = path.with_suffix(".txt").read_text().split("\n")[0].split(", ")
         emoji[name, style] = Image.open(path).convert("RGBA")
     return emoji
@@ -290,29 +297,32 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=40000, help="pictures to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed writes other pictures")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write composed/ into")
+    parser.add_argument("--size", type=int, choices=(64, 128), default=64, help="of the pictures")
     args = parser.parse_args()
     if args.n < 1:
         parser.error("--n must be at least 1")
-    emoji = load_emoji()
+    suffix, source = ("", "prepare.py") if args.size == 64 else ("128", "originals.py")
+    train, composed = f"train{suffix}", f"composed{suffix}"
+    emoji = load_emoji(train)
     if not emoji:
-        sys.exit(f"compose.py: no pictures in {HERE / 'train'}: run data/emoji/prepare.py first")
+        sys.exit(f"compose.py: no pictures in {HERE / train}: run data/emoji/{source} first")
     names = sorted({name for name, _ in emoji})
     names_for = {kind: [name for name in names if fits(name, kind)] for kind in KINDS}
     counts, facts = Counter(), set()
-    with replaced_folders(args.out, ["composed"]) as folder:
+    with replaced_folders(args.out, [composed]) as folder:
         for i in range(args.n):
             # a picture depends only on the seed and its number
             rng = random.Random(f"{args.seed} {i}")
             kind = rng.choices(list(KINDS), KINDS.values())[0]
             style = rng.choices(list(STYLES), [2, 1, 1])[0]
             picture, lines, new_facts = compose(kind, style, names_for[kind], emoji, rng)
-            path = folder / "composed" / f"{i:05d}-{kind.replace(' ', '-')}"
+            path = folder / composed / f"{i:05d}-{kind.replace(' ', '-')}"
             picture.save(f"{path}.png", compress_level=1)
             path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
             counts[kind] += 1
             facts.update(new_facts)
         assert not any(set_aside(*fact) for fact in facts)
-    print(f"composed/: {args.n} pictures ("
+    print(f"{composed}/: {args.n} pictures ("
           + ", ".join(f"{kind} {counts[kind]}" for kind in KINDS) + ")")
 
 
