@@ -119,28 +119,28 @@ class CLIPTextModel(nn.Module):
     It is causal: a token's vector depends on this token and on those before it.
     """
 
-    def __init__(self, cfg: CLIPTextConfig = CLIPTextConfig()):
+    def __init__(self, config: CLIPTextConfig = CLIPTextConfig()):
         super().__init__()
-        self.cfg, self.tokenizer = cfg, Tokenizer(cfg.pad)
-        self.embeddings = CLIPTextEmbeddings(cfg)
-        self.encoder = CLIPEncoder(cfg)
-        self.final_layer_norm = nn.LayerNorm(cfg.hidden_size)
-        if cfg.projection:
-            projection = nn.Linear(cfg.hidden_size, cfg.hidden_size, bias=False)
+        self.config, self.tokenizer = config, Tokenizer(config.pad)
+        self.embeddings = CLIPTextEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size)
+        if config.projection:
+            projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
             self.text_projection = nn.Parameter(projection.weight)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         states = [self.embeddings(tokens)]
         for layer in self.encoder.layers:
             states.append(layer(states[-1]))
-        features = states[-1 - self.cfg.clip_skip]
-        if self.cfg.final_norm:
+        features = states[-1 - self.config.clip_skip]
+        if self.config.final_norm:
             features = self.final_layer_norm(features)
         # the first end token has seen the whole text
         end = (tokens == EOS).int().argmax(dim=1)
         rows = torch.arange(len(tokens), device=tokens.device)
         pooled = self.final_layer_norm(states[-1])[rows, end]
-        if self.cfg.projection:
+        if self.config.projection:
             pooled = pooled @ self.text_projection
         return features, pooled
 
@@ -154,10 +154,11 @@ class CLIPTextModel(nn.Module):
 class CLIPTextEmbeddings(nn.Module):
     """The token's row in one table plus its position's row in another: (B, T) -> (B, T, D)."""
 
-    def __init__(self, cfg: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.token_embedding = embedding(cfg.vocab_size, cfg.hidden_size, std=0.02)
-        self.position_embedding = embedding(cfg.max_position_embeddings, cfg.hidden_size, std=0.01)
+        positions, width = config.max_position_embeddings, config.hidden_size
+        self.token_embedding = embedding(config.vocab_size, width, std=0.02)
+        self.position_embedding = embedding(positions, width, std=0.01)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.token_embedding(tokens) + self.position_embedding.weight[:tokens.shape[1]]
@@ -169,20 +170,21 @@ def embedding(rows: int, width: int, std: float) -> nn.Embedding:
 
 
 class CLIPEncoder(nn.Module):
-    def __init__(self, cfg: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.layers = nn.ModuleList(CLIPEncoderLayer(cfg) for _ in range(cfg.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            CLIPEncoderLayer(config) for _ in range(config.num_hidden_layers))
 
 
 class CLIPEncoderLayer(nn.Module):
     """Causal self-attention, then an MLP, each on a normalised x and added. (B, T, D), twice."""
 
-    def __init__(self, cfg: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.self_attn = CLIPAttention(cfg)
-        self.layer_norm1 = nn.LayerNorm(cfg.hidden_size)
-        self.mlp = CLIPMLP(cfg)
-        self.layer_norm2 = nn.LayerNorm(cfg.hidden_size)
+        self.self_attn = CLIPAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
@@ -190,11 +192,11 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    def __init__(self, cfg: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.heads = cfg.num_attention_heads
+        self.heads = config.num_attention_heads
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (
-            nn.Linear(cfg.hidden_size, cfg.hidden_size) for _ in range(4))
+            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # 'b t (h d) -> b h t d'
@@ -205,11 +207,11 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    def __init__(self, cfg: CLIPTextConfig):
+    def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        self.act = ACTIVATIONS[cfg.hidden_act]
-        self.fc1 = nn.Linear(cfg.hidden_size, 4 * cfg.hidden_size)
-        self.fc2 = nn.Linear(4 * cfg.hidden_size, cfg.hidden_size)
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.fc2 = nn.Linear(4 * config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))

@@ -53,24 +53,24 @@ class UNetModel(nn.Module):
     Returns (B, out_channels, H, W). Raises ValueError if y or w is needed and missing.
     """
 
-    def __init__(self, cfg: UNetConfig = UNetConfig()):
+    def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
-        self.cfg = cfg
-        c = cfg.model_channels
-        widths = [cfg.model_channels * m for m in cfg.channel_mult]
+        self.config = config
+        c = config.model_channels
+        widths = [config.model_channels * m for m in config.channel_mult]
 
         self.time_embed = mlp(c, 4 * c)
-        if cfg.adm_in_channels is not None:
-            self.label_emb = nn.Sequential(mlp(cfg.adm_in_channels, 4 * c))
-        if cfg.time_cond_proj_dim is not None:
-            self.cond_proj = nn.Linear(cfg.time_cond_proj_dim, c, bias=False)
+        if config.adm_in_channels is not None:
+            self.label_emb = nn.Sequential(mlp(config.adm_in_channels, 4 * c))
+        if config.time_cond_proj_dim is not None:
+            self.cond_proj = nn.Linear(config.time_cond_proj_dim, c, bias=False)
 
-        conv_in = nn.Conv2d(cfg.in_channels, c, 3, padding=1)
+        conv_in = nn.Conv2d(config.in_channels, c, 3, padding=1)
         self.input_blocks = nn.ModuleList([TimestepEmbedSequential(conv_in)])
         skips = [c]
         for level, width in enumerate(widths):
-            for _ in range(cfg.num_res_blocks):
-                self.input_blocks.append(make_block(c, level, cfg))
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(make_block(c, level, config))
                 c = width
                 skips.append(c)
             if level < len(widths) - 1:
@@ -78,20 +78,20 @@ class UNetModel(nn.Module):
                 skips.append(c)
 
         self.middle_block = TimestepEmbedSequential(
-            ResBlock(c, c, cfg),
-            SpatialTransformer(c, cfg.num_heads[-1], cfg.transformer_depth_middle, cfg),
-            ResBlock(c, c, cfg))
+            ResBlock(c, c, config),
+            SpatialTransformer(c, config.num_heads[-1], config.transformer_depth_middle, config),
+            ResBlock(c, c, config))
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
-            for i in range(cfg.num_res_blocks + 1):
-                self.output_blocks.append(make_block(c + skips.pop(), level, cfg))
+            for i in range(config.num_res_blocks + 1):
+                self.output_blocks.append(make_block(c + skips.pop(), level, config))
                 c = width
-                if level > 0 and i == cfg.num_res_blocks:
+                if level > 0 and i == config.num_res_blocks:
                     self.output_blocks[-1].append(Upsample(c))
 
-        self.out = nn.Sequential(nn.GroupNorm(cfg.num_groups, c), nn.SiLU(),
-                                 zero_module(nn.Conv2d(c, cfg.out_channels, 3, padding=1)))
+        self.out = nn.Sequential(nn.GroupNorm(config.num_groups, c), nn.SiLU(),
+                                 zero_module(nn.Conv2d(c, config.out_channels, 3, padding=1)))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, y: Tensor | None = None,
                 w: Tensor | None = None) -> Tensor:
@@ -110,26 +110,27 @@ class UNetModel(nn.Module):
 
     def embed(self, t: Tensor, y: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """The time, and with it y and w: (B,), (B, adm_in_channels), (B,) -> (B, E)."""
-        cfg, dtype = self.cfg, self.out[2].weight.dtype
-        emb = timestep_embedding(t, cfg.model_channels).to(dtype)   # (B, model_channels)
-        if cfg.time_cond_proj_dim is not None:
+        config, dtype = self.config, self.out[2].weight.dtype
+        emb = timestep_embedding(t, config.model_channels).to(dtype)   # (B, model_channels)
+        if config.time_cond_proj_dim is not None:
             if w is None:
                 raise ValueError("this UNet needs w (B,), the guidance scale")
-            emb = emb + self.cond_proj(guidance_embedding(w, cfg.time_cond_proj_dim).to(dtype))
+            emb = emb + self.cond_proj(guidance_embedding(w, config.time_cond_proj_dim).to(dtype))
         emb = self.time_embed(emb)                                  # (B, E)
-        if cfg.adm_in_channels is not None:
+        if config.adm_in_channels is not None:
             if y is None:
-                raise ValueError(f"this UNet needs y (B, {cfg.adm_in_channels})")
+                raise ValueError(f"this UNet needs y (B, {config.adm_in_channels})")
             emb = emb + self.label_emb(y.to(dtype))
         return emb
 
 
-def make_block(c_in: int, level: int, cfg: UNetConfig) -> "TimestepEmbedSequential":
+def make_block(c_in: int, level: int, config: UNetConfig) -> "TimestepEmbedSequential":
     """A ResBlock to the level's width, and attention if the level has it."""
-    width, depth = cfg.model_channels * cfg.channel_mult[level], cfg.transformer_depth[level]
-    layers = [ResBlock(c_in, width, cfg)]
+    width = config.model_channels * config.channel_mult[level]
+    depth = config.transformer_depth[level]
+    layers = [ResBlock(c_in, width, config)]
     if depth > 0:
-        layers.append(SpatialTransformer(width, cfg.num_heads[level], depth, cfg))
+        layers.append(SpatialTransformer(width, config.num_heads[level], depth, config))
     return TimestepEmbedSequential(*layers)
 
 
@@ -175,13 +176,13 @@ class ResBlock(nn.Module):
     x (B, C_in, H, W), emb (B, E) -> (B, C_out, H, W)
     """
 
-    def __init__(self, c_in: int, c_out: int, cfg: UNetConfig):
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(cfg.num_groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * cfg.model_channels, c_out))
+            nn.GroupNorm(config.num_groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * config.model_channels, c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(cfg.num_groups, c_out), nn.SiLU(),
+            nn.GroupNorm(config.num_groups, c_out), nn.SiLU(),
             nn.Identity(),  # stands for the original's dropout: the next layer is out_layers.3
             zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)))
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
@@ -197,13 +198,13 @@ class SpatialTransformer(nn.Module):
     x (B, C, H, W), context (B, T, D) -> (B, C, H, W)
     """
 
-    def __init__(self, channels: int, heads: int, depth: int, cfg: UNetConfig):
+    def __init__(self, channels: int, heads: int, depth: int, config: UNetConfig):
         super().__init__()
-        self.cfg = cfg
-        self.norm = nn.GroupNorm(cfg.num_groups, channels, eps=1e-6)  # 1e-5 in the ResBlocks
+        self.config = config
+        self.norm = nn.GroupNorm(config.num_groups, channels, eps=1e-6)  # 1e-5 in the ResBlocks
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(channels, heads, cfg) for _ in range(depth))
+            BasicTransformerBlock(channels, heads, config) for _ in range(depth))
         self.proj_out = zero_module(nn.Linear(channels, channels))
         self.register_load_state_dict_pre_hook(squeeze_projections)
         self.register_state_dict_post_hook(unsqueeze_projections)
@@ -228,7 +229,7 @@ def squeeze_projections(module: SpatialTransformer, state_dict: dict, prefix: st
 def unsqueeze_projections(module: SpatialTransformer, state_dict: dict, prefix: str, _) -> None:
     """`state_dict()` has the shapes of official files again."""
     for key in (prefix + "proj_in.weight", prefix + "proj_out.weight"):
-        if not module.cfg.use_linear:
+        if not module.config.use_linear:
             state_dict[key] = state_dict[key][:, :, None, None]
 
 
@@ -238,11 +239,11 @@ class BasicTransformerBlock(nn.Module):
     x (B, H*W, C), context (B, T, D), size (H, W) -> (B, H*W, C)
     """
 
-    def __init__(self, dim: int, heads: int, cfg: UNetConfig):
+    def __init__(self, dim: int, heads: int, config: UNetConfig):
         super().__init__()
-        self.attn1 = CrossAttention(dim, dim, heads, cfg)
+        self.attn1 = CrossAttention(dim, dim, heads, config)
         self.ff = FeedForward(dim)
-        self.attn2 = CrossAttention(dim, cfg.context_dim, heads, cfg)
+        self.attn2 = CrossAttention(dim, config.context_dim, heads, config)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor, size: torch.Size) -> Tensor:
@@ -258,9 +259,9 @@ class CrossAttention(nn.Module):
     position embeddings need it. `capture`, if set, is called with the matrix (B, heads, H*W, T).
     """
 
-    def __init__(self, query_dim: int, context_dim: int, heads: int, cfg: UNetConfig):
+    def __init__(self, query_dim: int, context_dim: int, heads: int, config: UNetConfig):
         super().__init__()
-        self.heads, self.cfg = heads, cfg
+        self.heads, self.config = heads, config
         self.to_q = nn.Linear(query_dim, query_dim, bias=False)
         self.to_k = nn.Linear(context_dim, query_dim, bias=False)
         self.to_v = nn.Linear(context_dim, query_dim, bias=False)
@@ -283,7 +284,7 @@ class CrossAttention(nn.Module):
         return self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.cfg.upcast_attention:
+        if self.config.upcast_attention:
             return attention(q.float(), k.float(), v.float()).to(q.dtype)
         return attention(q, k, v)
 

@@ -221,7 +221,7 @@ class StableDiffusion:
         """cond without its text: SDXL was trained with zeros there. Sizes stay as they are."""
         zeros = {name: torch.zeros_like(value) for name, value in cond.items()}
         if "y" in cond:
-            pooled = self.text_encoders[-1].cfg.hidden_size
+            pooled = self.text_encoders[-1].config.hidden_size
             zeros["y"][:, pooled:] = cond["y"][:, pooled:]
         return zeros
 

@@ -73,7 +73,7 @@ def test_names_and_shapes_are_those_of_official_files():
 @pytest.mark.parametrize("name", ["sd1", "emoji"])
 def test_text_matches_transformers(name):
     text = randomize(on_meta(CLIPTextModel, PRESETS[name].text_encoders[0]))
-    reference = reference_text(text.cfg, with_prefix(text.cfg.prefix, text.state_dict()))
+    reference = reference_text(text.config, with_prefix(text.config.prefix, text.state_dict()))
     assert count_epsilons(text) == count_epsilons(reference)
     tokens = Tokenizer()(["a red apple", "", "cat " * 75])
     (features, pooled), wanted = text(tokens), reference(tokens)
@@ -85,7 +85,7 @@ def test_text_matches_transformers(name):
 def test_unet_matches_diffusers(name):
     """At a usual and an odd size, each row with its own time, one of them a fraction; fast too."""
     unet = randomize(on_meta(UNetModel, PRESETS[name].unet))
-    cfg = unet.cfg
+    cfg = unet.config
     reference = reference_unet(cfg, with_prefix("model.diffusion_model.", unet.state_dict()))
     assert count_epsilons(unet) == count_epsilons(reference)
     t, context, y = torch.tensor([981.0, 37.25]), torch.randn(2, 77, cfg.context_dim), None
@@ -103,9 +103,9 @@ def test_unet_matches_diffusers(name):
 def test_vae_matches_diffusers(name):
     """Plain and fast, which doubles sizes from 32x32 on by a transposed convolution."""
     vae = randomize(on_meta(AutoencoderKL, PRESETS[name].vae))
-    reference = reference_vae(vae.cfg, with_prefix("first_stage_model.", vae.state_dict()))
+    reference = reference_vae(vae.config, with_prefix("first_stage_model.", vae.state_dict()))
     assert count_epsilons(vae) == count_epsilons(reference)
-    x, scale = torch.rand(1, 3, 64, 80) * 2 - 1, vae.cfg.scale_factor
+    x, scale = torch.rand(1, 3, 64, 80) * 2 - 1, vae.config.scale_factor
     wanted = reference.encode(x).latent_dist
     noise = torch.randn_like(wanted.mean)
     latents = (wanted.mean + wanted.std * noise) * scale

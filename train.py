@@ -470,7 +470,7 @@ def wrap_model(s: Settings, loss_fn: nn.Module) -> nn.Module:
         return loss_fn
     # with clip skip, the last layers of a text encoder have no part in the loss
     idle = s.train == "unet+text" and any(
-        getattr(encoder.cfg, "clip_skip", 0) for encoder in sd.text_encoders)
+        getattr(encoder.config, "clip_skip", 0) for encoder in sd.text_encoders)
     return DistributedDataParallel(loss_fn, gradient_as_bucket_view=True,
                                    find_unused_parameters=idle)
 

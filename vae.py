@@ -35,19 +35,19 @@ class VAEConfig:
 class AutoencoderKL(nn.Module):
     """The encoder gives q(z|x) = N(mean, std^2), the decoder gives x. Pictures are in [-1, 1]."""
 
-    def __init__(self, cfg: VAEConfig = VAEConfig()):
+    def __init__(self, config: VAEConfig = VAEConfig()):
         super().__init__()
-        self.cfg = cfg
-        self.encoder = Encoder(cfg)
-        self.decoder = Decoder(cfg)
-        self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance (B, Z, h, w), not scaled."""
-        encoder_downsampling = 2 ** (len(self.cfg.ch_mult) - 1)
-        if encoder_downsampling < self.cfg.downsampling:  # the decoder has more levels
-            scale = encoder_downsampling / self.cfg.downsampling
+        encoder_downsampling = 2 ** (len(self.config.ch_mult) - 1)
+        if encoder_downsampling < self.config.downsampling:  # the decoder has more levels
+            scale = encoder_downsampling / self.config.downsampling
             small = F.interpolate(x.float(), scale_factor=scale, mode="bicubic", antialias=True)
             x = small.to(x.dtype)  # in fp32: PyTorch has no bf16 for it on CPUs
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
@@ -61,7 +61,7 @@ class AutoencoderKL(nn.Module):
         z = mean
         if noise is not None:
             z = mean + (0.5 * logvar).exp() * noise.to(mean)
-        return z * self.cfg.scale_factor
+        return z * self.config.scale_factor
 
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents (B, Z, h, w)."""
@@ -69,29 +69,29 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, Z, h, w) -> pictures (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(z / self.cfg.scale_factor))
+        return self.decoder(self.post_quant_conv(z / self.config.scale_factor))
 
 
 class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, 2Z, h, w): mean and log variance, before `quant_conv`."""
 
-    def __init__(self, cfg: VAEConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        c, groups = cfg.ch, cfg.num_groups
+        c, groups = config.ch, config.num_groups
         self.conv_in = nn.Conv2d(3, c, 3, padding=1)
         self.down = nn.ModuleList()
-        for i, mult in enumerate(cfg.ch_mult):
+        for i, mult in enumerate(config.ch_mult):
             level = nn.Module()  # a holder: names read `down.0.block.1` as in the checkpoint
             level.block = nn.ModuleList()
-            for _ in range(cfg.num_res_blocks):
-                level.block.append(ResnetBlock(c, cfg.ch * mult, groups))
-                c = cfg.ch * mult
-            if i < len(cfg.ch_mult) - 1:
+            for _ in range(config.num_res_blocks):
+                level.block.append(ResnetBlock(c, config.ch * mult, groups))
+                c = config.ch * mult
+            if i < len(config.ch_mult) - 1:
                 level.downsample = Downsample(c)
             self.down.append(level)
         self.mid = Middle(c, groups)
         self.norm_out = normalize(c, groups)
-        self.conv_out = nn.Conv2d(c, (1 + cfg.double_z) * cfg.z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, (1 + config.double_z) * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -107,19 +107,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, Z, h, w) -> (B, 3, H, W)."""
 
-    def __init__(self, cfg: VAEConfig):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        ch_mult = cfg.decoder_ch_mult or cfg.ch_mult
-        c, groups = cfg.ch * ch_mult[-1], cfg.num_groups
-        self.conv_in = nn.Conv2d(cfg.z_channels, c, 3, padding=1)
+        ch_mult = config.decoder_ch_mult or config.ch_mult
+        c, groups = config.ch * ch_mult[-1], config.num_groups
+        self.conv_in = nn.Conv2d(config.z_channels, c, 3, padding=1)
         self.mid = Middle(c, groups)
         self.up = nn.ModuleList()
         for i, mult in reversed(list(enumerate(ch_mult))):
             level = nn.Module()
             level.block = nn.ModuleList()
-            for _ in range(cfg.num_res_blocks + 1):
-                level.block.append(ResnetBlock(c, cfg.ch * mult, groups))
-                c = cfg.ch * mult
+            for _ in range(config.num_res_blocks + 1):
+                level.block.append(ResnetBlock(c, config.ch * mult, groups))
+                c = config.ch * mult
             if i > 0:
                 level.upsample = Upsample(c)
             self.up.insert(0, level)  # the checkpoint counts from full resolution: up.0 runs last

@@ -62,7 +62,7 @@ class ControlNet(nn.Module):
 
     def __init__(self, unet: UNetModel):
         super().__init__()
-        self.cfg = cfg = unet.cfg
+        self.config = cfg = unet.config
         for part in "time_embed", "label_emb", "input_blocks", "middle_block":
             if hasattr(unet, part):
                 setattr(self, part, deepcopy(getattr(unet, part)))
@@ -77,7 +77,7 @@ class ControlNet(nn.Module):
                 y: Tensor | None = None) -> list[Tensor]:
         dtype = self.time_embed[0].weight.dtype
         x, hint, context = x.to(dtype), hint.to(dtype), context.to(dtype)
-        emb = self.time_embed(timestep_embedding(t, self.cfg.model_channels).to(dtype))
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y.to(dtype))
         first, *others = self.input_blocks

@@ -163,7 +163,7 @@ def asked_prompts(o: Options) -> list[str]:
 def clip_skip(sd: StableDiffusion, o: Options) -> None:
     """--clip-skip, or that of a picture of A1111, which takes it for SD 1.x only."""
     if o.clip_skip is None and o.clip_skip_sd1 is not None:
-        if any(encoder.cfg.clip_skip or encoder.cfg.openclip
+        if any(encoder.config.clip_skip or encoder.config.openclip
                for encoder in prompts.clip_encoders(sd)):
             say(f"Clip skip: {o.clip_skip_sd1} is left out, as A1111 does for SD 2.x and SDXL")
         else:

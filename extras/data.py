@@ -312,7 +312,7 @@ class TensorCache:
 
 def fingerprint(module: nn.Module) -> str:
     """A hash of a network's config and weights."""
-    digest = hashlib.sha256(repr(module.cfg).encode())
+    digest = hashlib.sha256(repr(module.config).encode())
     for tensor in module.state_dict().values():
         digest.update(tensor.cpu().flatten().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

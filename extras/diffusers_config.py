@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clip import CLIPTextConfig
-from extras.checks import check_json
+from extras.checks import check_json, shown
 from extras.files import read_json
 from model import UNetConfig
 from sampler import PREDICTIONS
@@ -60,7 +60,8 @@ def check_fixed(file: Path, config: dict, fixed: dict[str, list]) -> None:
         value = config.get(key, allowed[0])
         if value not in allowed:
             usual = " or ".join(map(str, allowed))
-            raise UserError(f"{file} has {key} {value!r}, which is not supported: only {usual} is")
+            raise UserError(f"{file} has {key} {shown(value)}, which is not supported: only {usual} "
+                            "is")
 
 
 # --- scheduler and pipeline ---

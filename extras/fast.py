@@ -168,7 +168,7 @@ class FastSelfAttention(model.CrossAttention):
             q = q.expand(len(k), -1, -1, -1)
         if model.attention is not CORE_ATTENTION:  # somebody's own, put there meanwhile
             return super().attend(q, k, v)
-        if self.cfg.upcast_attention:
+        if self.config.upcast_attention:
             return attention(q.float(), k.float(), v.float()).to(q.dtype)
         return attention(q, k, v)
 
@@ -334,7 +334,7 @@ class Graph:
 
     def record(self, unet: FastUNetModel, x: Tensor, t: Tensor, cond: dict[str, Tensor | None],
                shared: bool) -> None:
-        self.types, self.cfg = types_of(unet), replace(unet.cfg)
+        self.types, self.config = types_of(unet), replace(unet.config)
         self.weights = Unchanged(list(unet.parameters()))
         rows = 1 if shared else len(x)
         self.x, self.t, self.graph = x[:rows].clone(), t[:rows].clone(), torch.cuda.CUDAGraph()
@@ -359,7 +359,7 @@ class Graph:
         return self.out
 
     def holds(self, unet: FastUNetModel) -> bool:
-        return (not any_python(unet) and types_of(unet) == self.types and unet.cfg == self.cfg
+        return (not any_python(unet) and types_of(unet) == self.types and unet.config == self.config
                 and self.weights.hold(list(unet.parameters())))
 
 

@@ -15,12 +15,12 @@ import vae
 
 # of the code without comments and docstrings
 FINGERPRINTS = {
-    "model.UNetModel": "4fa0c2592608225a",
+    "model.UNetModel": "70c2204c35c545f8",
     "model.TimestepEmbedSequential": "466a0f4d00c90cc9",
-    "model.ResBlock": "54676fc7b4e33065",
-    "model.SpatialTransformer": "ac0e01031e05f841",
-    "model.BasicTransformerBlock": "b2af3ab59119f05a",
-    "model.CrossAttention": "d03b4e87f11caecd",
+    "model.ResBlock": "2c59dc2c5afd51c3",
+    "model.SpatialTransformer": "86542863151b3dd6",
+    "model.BasicTransformerBlock": "6b3bf190120fa1f0",
+    "model.CrossAttention": "ad33a72026a12dcc",
     "model.attention": "4a1c8b04b171fa54",
     "model.FeedForward": "99ad6c731b0eb99c",
     "model.GEGLU": "96c696cf3f16922e",

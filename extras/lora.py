@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clip import CLIPTextModel
 from extras.diffusers_names import diffusers_name
+from extras.checks import shown
 from extras.files import Tensors, atomic_write, open_tensors, read_json, save_tensors
 from extras.lora_names import Sorted, other_family, sort_tensors
 from extras.lycoris import BIASES, changed_weight, factor, kind_of
@@ -265,10 +266,11 @@ def check_settings(path: Path, about: dict) -> None:
     for key, value in about.items():
         name = key.rpartition(".")[2]
         if name == "init_lora_weights" and str(value).lower().startswith(OTHER_BASE):
-            raise UserError(f"{path} goes with a changed base model: {key} is {value}: save it "
-                            "with peft's path_initial_model_for_weight_conversion")
+            raise UserError(f"{path} goes with a changed base model: {key[:80]} is {shown(value)}: "
+                            "save it with peft's path_initial_model_for_weight_conversion")
         if name in NOT_KNOWN and value not in NOT_KNOWN[name]:
-            raise UserError(f"{path} is no LoRA that can be read here: {key} is {value}")
+            raise UserError(f"{path} is no LoRA that can be read here: {key[:80]} is "
+                            f"{shown(value)}")
 
 
 def setting(about: dict, layer: str, name: str) -> object:
@@ -315,7 +317,8 @@ def one_number(path: Path, layer: str, tensor) -> float:
 def number(path: Path, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e6 \
             or value != value:
-        raise UserError(f"{path} is damaged: {name} is {value!r}, no number that makes sense")
+        raise UserError(f"{path} is damaged: {name} is {shown(value)}, no number that makes "
+                        "sense")
     return float(value)
 
 

@@ -131,7 +131,7 @@ class Tiled:
     """Added to an autoencoder's class: decode(z) in tiles."""
 
     def decode(self, z: Tensor) -> Tensor:
-        return decode_tiled(super().decode, z, self.cfg.downsampling)
+        return decode_tiled(super().decode, z, self.config.downsampling)
 
 
 def decode_tiled(decode: Callable[[Tensor], Tensor], z: Tensor, downsampling: int,

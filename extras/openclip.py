@@ -77,7 +77,7 @@ def official_state_dict(sd: StableDiffusion) -> dict[str, Tensor]:
     state = {}
     for prefix, network in sd.components.items():
         part = network.state_dict()
-        if isinstance(network, CLIPTextModel) and network.cfg.openclip:
+        if isinstance(network, CLIPTextModel) and network.config.openclip:
             part = to_openclip(part)
         state |= with_prefix(prefix, part)
     return state

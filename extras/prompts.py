@@ -97,7 +97,7 @@ def set_clip_skip(sd: StableDiffusion, number: int) -> None:
     Raises UserError if there are not so many layers.
     """
     for encoder in clip_encoders(sd):
-        cfg = encoder.cfg
+        cfg = encoder.config
         # folders of SD 2.x do not hold the last layer, which is never used
         dropped = int(cfg.openclip and cfg.final_norm and cfg.clip_skip == 0)
         layers = cfg.num_hidden_layers + dropped

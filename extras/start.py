@@ -93,11 +93,11 @@ def random_model(row: str, device: str, seed: int, vae: str | None) -> StableDif
     preset, network = deepcopy(PRESETS[row]), None
     if vae is not None:
         network = load_vae(vae, preset.vae)
-        channels = getattr(preset.unet, "in_channels", network.cfg.z_channels)
-        if channels != network.cfg.z_channels:
+        channels = getattr(preset.unet, "in_channels", network.config.z_channels)
+        if channels != network.config.z_channels:
             raise UserError(f"the UNet of {row!r} takes {channels} latent channels, the VAE gives "
-                            f"{network.cfg.z_channels}: give another --vae")
-        preset = replace(preset, vae=network.cfg)
+                            f"{network.config.z_channels}: give another --vae")
+        preset = replace(preset, vae=network.config)
     torch.manual_seed(seed)
     sd = StableDiffusion(preset, vae=network)
     sd.device, sd.dtype = torch.device(device), torch.float32

@@ -91,9 +91,9 @@ def encoder_of_width(sd: StableDiffusion, width: int, path: Path,
         check_takes_words(encoder)
     allowed = sd.text_encoders if index is None else sd.text_encoders[index:index + 1]
     for encoder in allowed:
-        if encoder.cfg.hidden_size == width:
+        if encoder.config.hidden_size == width:
             return encoder
-    widths = " and ".join(str(encoder.cfg.hidden_size) for encoder in sd.text_encoders)
+    widths = " and ".join(str(encoder.config.hidden_size) for encoder in sd.text_encoders)
     raise UserError(f"{path} is for another family of models: its vectors are {width} wide, here "
                     f"{widths}")
 

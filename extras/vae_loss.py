@@ -105,7 +105,7 @@ class VAELoss(nn.Module):
         if self.s.vq:
             tensors = {f"first_stage_model.{name}": tensor
                        for name, tensor in sd.vae.state_dict().items()}
-            metadata = {"config": json.dumps(asdict(sd.vae.cfg)), "n_embed": str(self.s.vq)}
+            metadata = {"config": json.dumps(asdict(sd.vae.config)), "n_embed": str(self.s.vq)}
             with atomic_write(Path(out) / "vq.safetensors") as temporary:
                 save_tensors(tensors, temporary, torch.float32, metadata)
             return

@@ -17,7 +17,7 @@ class VQModel(nn.Module):
 
     def __init__(self, cfg: VAEConfig, n_embed: int = 8192):
         super().__init__()
-        self.cfg = cfg
+        self.config = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.quantize = VectorQuantizer(n_embed, cfg.z_channels)

@@ -195,7 +195,7 @@ def sample(net: nn.ModuleDict, ids: Tensor, scale: float, steps: int = 6,
            side: int = 16) -> Tensor:
     """A picture per row of ids (n, T) -> (n, C, side, side). Every scale has the same noise."""
     sigmas = get_sigmas("dpmpp_2m", steps, SCHEDULE)
-    shape = (len(ids), net["unet"].cfg.in_channels, side // 2, side // 2)
+    shape = (len(ids), net["unet"].config.in_channels, side // 2, side // 2)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     start = noise * (sigmas[0] ** 2 + 1) ** 0.5
     not_given = net["embed"].num_embeddings - 1

@@ -251,7 +251,7 @@ def train(net: Autoencoder, pictures: Tensor, steps: int) -> Iterator[int]:
         rate.step()
     if isinstance(net, AutoencoderKL):
         with torch.no_grad():
-            net.cfg.scale_factor = 1 / float(net.moments(pictures[:64])[0].std())
+            net.config.scale_factor = 1 / float(net.moments(pictures[:64])[0].std())
     yield steps
 
 
@@ -325,7 +325,7 @@ def seconds_per_step(unet: UNetModel, side: int) -> float:
     times = []
     while len(times) < 5 and sum(times) < 1:
         start = time.perf_counter()
-        unet(*inputs(unet.cfg, side))
+        unet(*inputs(unet.config, side))
         times.append(time.perf_counter() - start)
     return min(times)
 

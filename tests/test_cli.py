@@ -445,7 +445,7 @@ def test_builtin_file():
     encoder = sd.text_encoders[0]
     assert encoder.tokenizer("I love cats and dogs.").shape == (1, 77)
     context = sd.encode_prompt(["a cat", "a dog"])["context"]
-    assert context.shape == (2, 77, encoder.cfg.hidden_size)
+    assert context.shape == (2, 77, encoder.config.hidden_size)
 
 
 def test_captions_are_listed(tiny, capsys):  # noqa: F811

@@ -117,7 +117,7 @@ def test_files_come_back_as_they_went_in(suffix, tmp_path, monkeypatch):
     sd, path = random_model(small("sdxl")), tmp_path / f"a{suffix}"
     if suffix == ".ckpt":
         monkeypatch.setitem(PRESETS, "small", sd.preset)
-        first, second = (encoder.cfg.prefix for encoder in sd.text_encoders)
+        first, second = (encoder.config.prefix for encoder in sd.text_encoders)
         unused = {first + "embeddings.position_ids": torch.arange(77)[None],
                   second + "logit_scale": torch.tensor(4.6)}
         torch.save(official_state_dict(sd) | unused, path)

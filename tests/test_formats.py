@@ -372,7 +372,7 @@ def assert_tokenizers_agree(pipe, sd: StableDiffusion) -> None:
     for n, encoder in zip(("", "_2"), sd.text_encoders):
         # where "!" is the padding, it is id 0 to transformers
         prompts = [prompt for prompt in awkward_prompts()
-                   if not encoder.cfg.openclip or "!" not in prompt]
+                   if not encoder.config.openclip or "!" not in prompt]
         tokenizer = getattr(pipe, "tokenizer" + n)
         theirs = tokenizer(prompts, padding="max_length", max_length=77, truncation=True)
         with pytest.warns(UserWarning):
@@ -690,9 +690,9 @@ def test_openclip_names_in_single_files(rows, tmp_path, name):  # noqa: F811
     rows(name)
     sd, path = small_model_and_pipeline(name)[0], tmp_path / "a.safetensors"
     save(sd, path, torch.float32)
-    tensors, prefix = load_file(path), sd.text_encoders[-1].cfg.prefix
+    tensors, prefix = load_file(path), sd.text_encoders[-1].config.prefix
     in_proj = f"{prefix}transformer.resblocks.0.attn.in_proj_weight"
-    width = sd.text_encoders[-1].cfg.hidden_size
+    width = sd.text_encoders[-1].config.hidden_size
     assert tensors[in_proj].shape == (3 * width, width)
     assert not any("resblocks" in key for key in sd.state_dict())
     again, state = load(path).state_dict(), sd.state_dict()

@@ -70,8 +70,8 @@ def filled_model(name: str) -> StableDiffusion:
         tensors[tensor] = LazyTensor(shape, partial(fill, tensor, shape))
     sd = on_meta(StableDiffusion, PRESETS[name])
     for encoder in sd.text_encoders:
-        if encoder.cfg.openclip:
-            prefix = encoder.cfg.prefix
+        if encoder.config.openclip:
+            prefix = encoder.config.prefix
             text = [tensor for tensor in tensors if tensor.startswith(prefix)]
             text = {tensor.removeprefix(prefix): tensors.pop(tensor) for tensor in text}
             tensors |= with_prefix(prefix, from_openclip(text))
@@ -132,7 +132,7 @@ def case(request, models) -> Iterator[Case]:
     if how == "fast":
         fast.optimize(sd)
     encoder, = sd.text_encoders
-    tokens = token_rows(encoder.cfg.pad)
+    tokens = token_rows(encoder.config.pad)
     with torch.no_grad():
         yield Case(sd, tokens, encoder(tokens)[0], answers(name))
     fast.restore(sd)
@@ -165,7 +165,7 @@ def test_vae(case):
     moments = torch.cat(vae.moments(picture), dim=1)
     assert_near(moments, wanted["vae_moments"], 1e-5)
     z = randn((1, 4, 8, 12), 3)
-    assert_near(vae.decode(z * vae.cfg.scale_factor), wanted["vae_decoded"], 1e-5)
+    assert_near(vae.decode(z * vae.config.scale_factor), wanted["vae_decoded"], 1e-5)
 
 
 def test_ddim(case):

@@ -383,7 +383,7 @@ def test_network_of_a_fork_is_trained_without_its_config(five, tmp_path):  # noq
     class Linear(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.cfg, self.mix = object(), torch.nn.Conv2d(4, 4, 1)
+            self.config, self.mix = object(), torch.nn.Conv2d(4, 4, 1)
 
         def forward(self, x, t, context):
             return self.mix(x) + context.mean()
@@ -449,7 +449,7 @@ class Broken(torch.nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.mix = cfg, torch.nn.Conv2d(4, 4, 1)
+        self.config, self.mix = cfg, torch.nn.Conv2d(4, 4, 1)
         self.register_buffer("index", torch.arange(4), persistent=self.persistent)
 
     def forward(self, x, t, context):
@@ -484,7 +484,7 @@ def test_network_without_known_blocks_is_refused(five, tmp_path, capsys):  # noq
     class Plain(torch.nn.Module):
         def __init__(self, cfg):
             super().__init__()
-            self.cfg, self.mix = cfg, torch.nn.Conv2d(4, 4, 1)
+            self.config, self.mix = cfg, torch.nn.Conv2d(4, 4, 1)
 
         def forward(self, x, t, context):
             return self.mix(x)

@@ -75,8 +75,8 @@ class Encoders(nn.Module):
             *layer(width, 2 * width, stride=2), *layer(2 * width, 2 * width))
         self.image_whole = nn.Linear(16 * 2 * width, dim)
         self.image_part = nn.Linear(2 * width, dim)
-        self.text_whole = nn.Linear(text.cfg.hidden_size, dim, bias=False)
-        self.text_part = nn.Linear(text.cfg.hidden_size, dim, bias=False)
+        self.text_whole = nn.Linear(text.config.hidden_size, dim, bias=False)
+        self.text_part = nn.Linear(text.config.hidden_size, dim, bias=False)
         self.scales = nn.Parameter(torch.full((2,), math.log(10.0)))
 
     def encode_image(self, z: Tensor) -> tuple[Tensor, Tensor]:

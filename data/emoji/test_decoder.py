@@ -60,7 +60,7 @@ def test_a_grown_decoder_computes_the_features_of_the_old_one(old, ch_mult):
 
 def test_a_grown_encoder_reads_a_picture_of_twice_the_size(old):
     new = grow(old, replace(OLD, decoder_ch_mult=(1, 1, 2, 2))).requires_grad_(False)
-    assert (old.cfg.downsampling, new.cfg.downsampling) == (4, 8)
+    assert (old.config.downsampling, new.config.downsampling) == (4, 8)
     x = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), size=(32, 32), mode="bicubic")
     small = torch.nn.functional.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True)
     torch.testing.assert_close(new.encode(x), old.encode(small))
