@@ -1,12 +1,13 @@
 """Train a model on captioned pictures, or fine-tune one.
 
     python train.py --data my_pictures --out runs/mine        fine-tune the built-in model; then
-    python sd.py "..." --ckpt runs/mine/model.safetensors     draw with it
-    python train.py --init emoji --data ...                   a new UNet, from random weights
+    python sd.py "..." --ckpt runs/mine                       draw with it
+    python train.py --init emoji --data ...                   UNet and text from random weights
     torchrun --nproc-per-node=8 train.py ...                  on eight GPUs, --batch on each
 
---data: folders with x.png beside x.txt, one caption a line, or tar shards (extras/captions.py and
-extras/shards.py). --train: what is trained,
+--data: folders in which x.txt has the captions of x.png, one a line, or tar shards. They become
+batches of pixels or cached latents, captions and numbers of samples (Batch in extras/data.py; see
+extras/captions.py and extras/shards.py). --train: what is trained,
     unet+text   the UNet and its text encoders, on latents of the frozen VAE
     unet        the UNet alone
     word        the vectors of a new word (textual inversion)
@@ -25,6 +26,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -146,6 +148,14 @@ class Settings:
 
 # --- the loss of the UNet ---
 
+class Draw(NamedTuple):
+    x0: Tensor           # (B, Z, h, w) latents
+    t: Tensor            # (B,) times
+    noise: Tensor        # (B, Z, h, w)
+    keep: Tensor         # (B,) whether the caption is kept
+    keep_pooled: Tensor  # (B,) whether its pooled vector is
+
+
 class UNetLoss(nn.Module):
     """|| target - unet(x_t, t, **cond) ||^2, with some captions left out.
 
@@ -175,7 +185,7 @@ class UNetLoss(nn.Module):
         """Encode what needs it only once, and choose the prompts of the sample sheets."""
         captions = list(dict.fromkeys(one for folder in folders for one in folder.captions))
         word = self.s.placeholder_token
-        if folders and not any(word in caption for caption in captions):
+        if word and folders and not any(word in caption for caption in captions):
             raise UserError(f"no caption has the word {word}")
         encode_once(self, folders, captions, rank, world)
         if folders:
@@ -197,9 +207,8 @@ class UNetLoss(nn.Module):
         with scope, torch.set_grad_enabled(trains_text):
             return self.sd.encode_prompt(captions, sizes)
 
-    def draw(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The random choices of a batch: latents x0 and noise (B, Z, h, w), times (B,), and
-        whether the caption and its pooled vector are kept (B,), as x0, t, noise, keep, pooled."""
+    def draw(self, batch: Batch, step: int) -> "Draw":
+        """The random choices of a batch."""
         s, device, indices = self.s, self.sd.device, batch.sample_index
         mean, logvar = self.moments(batch.pixels) if batch.moments is None else batch.moments
         generators = [generator(s.seed, 6, index) for index in indices]
@@ -215,11 +224,12 @@ class UNetLoss(nn.Module):
         x0 = self.sd.vae.sample(mean.to(device), logvar.to(device), randn())
         noise = randn()
         u = torch.rand((), generator=generator(s.seed, 7, step), dtype=torch.float64)
-        # evenly spaced over the step's samples, of all processes: less noise in the loss
+        # stratified: one time in each of as many equal parts as the step has samples, so that the
+        # loss has less noise
         samples = s.batch * s.accumulate * world_size()
         u = (u + torch.tensor(indices, dtype=torch.float64) / samples) % 1
         t = shifted(u, s.time_shift).to(device)
-        return x0, t, noise, keep(s.caption_dropout), keep(s.pooled_dropout)
+        return Draw(x0, t, noise, keep(s.caption_dropout), keep(s.pooled_dropout))
 
     def forward(self, batch: Batch, step: int) -> Tensor:
         self.shown = self.shown or batch.captions[:24]  # shards: of the first batch
