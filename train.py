@@ -309,9 +309,9 @@ def train(s: Settings) -> None:
     """
     check_settings(s)
     rank, world, device = distributed.init_distributed(s.device)
+    sd = load_model(s, device)  # before there is a folder: it refuses what cannot be trained
     make_folder(Path(s.out))
     with alone_in(Path(s.out), rank):
-        sd = load_model(s, device)
         loss_fn = make_loss(s, sd)
         model = wrap_model(s, loss_fn)
         state = State(s, loss_fn)

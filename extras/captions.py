@@ -183,7 +183,7 @@ def read_table(path: Path) -> list[Sample]:
 
 
 def names_of(row: dict) -> str:
-    return ", ".join(map(repr, list(row)[:8])) or "nothing"
+    return ", ".join(repr(name)[:60] for name in list(row)[:8]) or "nothing"
 
 
 def damaged(path: Path, reason: object) -> str:

@@ -38,16 +38,16 @@ CHOICES = {
     "timestep_spacing": SPACINGS, "beta_schedule": ("scaled_linear", "linear")}
 
 Whole, Text = int | None, str | None
-JSON_TYPES = {  # key in the files of diffusers, transformers -> type; all may also be null
-    "_class_name": Text, "model_type": Text, "hidden_act": Text, "prediction_type": Text,
-    "beta_schedule": Text, "timestep_spacing": Text, "addition_embed_type": Text,
-    "beta_start": float | None, "beta_end": float | None, "scaling_factor": float | None,
-    "in_channels": Whole, "out_channels": Whole, "latent_channels": Whole, "hidden_size": Whole,
-    "intermediate_size": Whole, "num_hidden_layers": Whole, "num_attention_heads":
-    int | tuple[int, ...] | None, "norm_num_groups": Whole, "time_cond_proj_dim": Whole,
+JSON_TYPES = {  # key in the files of diffusers and transformers -> type
+    "_class_name": Text, "model_type": Text, "hidden_act": str, "prediction_type": str,
+    "beta_schedule": str, "timestep_spacing": Text, "addition_embed_type": Text,
+    "beta_start": float, "beta_end": float, "scaling_factor": float, "in_channels": int,
+    "out_channels": int, "latent_channels": int, "hidden_size": int, "intermediate_size": int,
+    "num_hidden_layers": int, "num_attention_heads": int | tuple[int, ...] | None,
+    "norm_num_groups": int, "time_cond_proj_dim": Whole,
     "projection_class_embeddings_input_dim": Whole, "addition_time_embed_dim": Whole,
-    "block_out_channels": tuple[int, ...] | None, "architectures": tuple[str, ...] | None,
-    "down_block_types": tuple[str, ...] | None, "up_block_types": tuple[str, ...] | None}
+    "block_out_channels": tuple[int, ...], "architectures": tuple[str, ...] | None,
+    "down_block_types": tuple[str, ...], "up_block_types": tuple[str, ...]}
 POSITIVE = ("block_out_channels", "in_channels", "out_channels", "latent_channels", "hidden_size",
             "num_hidden_layers", "num_attention_heads", "norm_num_groups")
 

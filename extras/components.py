@@ -126,7 +126,7 @@ def read_component(kind: str, prefix: str, starts: list[str], network: nn.Module
     found = {name: tensor for name, tensor in tensors.items()
              if name.startswith(start) and not is_buffer(name)}
     state = network.state_dict()
-    if start in OPENCLIP and isinstance(getattr(network, "cfg", None), CLIPTextConfig):
+    if start in OPENCLIP and isinstance(getattr(network, "config", None), CLIPTextConfig):
         wanted = {start + name: tensor for name, tensor in to_openclip(state).items()}
         ours = from_openclip({name.removeprefix(start): tensor for name, tensor in found.items()})
         ours = {prefix + name: tensor for name, tensor in ours.items() if name in state}

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from clip import BOS, EOS, CLIPTextModel, Tokenizer
 from extras.captions import PICTURES, Sample, list_folder
 from extras.distributed import barrier
-from extras.files import atomic_write, make_folder, read_image
+from extras.files import atomic_write, is_text, make_folder, read_image
 from extras.locks import release_locks
 from extras.progress import hidden
 from extras.terminal import complain
@@ -126,14 +126,6 @@ def load_or_error(sample: Sample, sizes: list[tuple[int, int]], captioned: bool)
         return str(error).replace("the picture in the shard", f"the picture {sample.name}")
     except Exception as error:  # one bad picture must not end a run
         return f"cannot read the picture {sample.name}: {error!r}"
-
-
-def is_text(caption: str) -> bool:
-    """JSON can hold half a character (a lone surrogate), which no tokenizer takes."""
-    try:
-        return bool(caption.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def ignore_signals(worker: int) -> None:

@@ -60,8 +60,8 @@ def check_fixed(file: Path, config: dict, fixed: dict[str, list]) -> None:
         value = config.get(key, allowed[0])
         if value not in allowed:
             usual = " or ".join(map(str, allowed))
-            raise UserError(f"{file} has {key} {shown(value)}, which is not supported: only {usual} "
-                            "is")
+            raise UserError(f"{file} has {key} {shown(value)}, which is not supported: only "
+                            f"{usual} is")
 
 
 # --- scheduler and pipeline ---
@@ -73,8 +73,8 @@ def scheduler_settings(path: Path) -> dict[str, object]:
     check_json(file, config)
     kind = config.get("_class_name", "DDIMScheduler")
     if kind not in FAMILY:
-        raise UserError(f"{file} asks for {kind}, whose noise is another (EDM, flow matching or "
-                        "the like): such models are not supported")
+        raise UserError(f"{file} asks for {str(kind)[:80]}, whose noise is another (EDM, flow "
+                        "matching or the like): such models are not supported")
     check_fixed(file, config, FIXED_SCHEDULER)
     prediction = config.get("prediction_type", "epsilon")
     prediction_type = PREDICTION_TYPES.get(prediction, prediction)
@@ -135,8 +135,8 @@ def unet_config(file: Path, config: dict, usual: UNetConfig,
     depths = per_level(file, config, "transformer_layers_per_block", 1, levels)
     heads = per_level(file, config, "attention_head_dim", 8, levels)
     if any(width % widths[0] for width in widths):
-        raise UserError(f"{file} has block_out_channels {widths}, which is not supported: they "
-                        "must be multiples of the first")
+        raise UserError(f"{file} has block_out_channels {shown(widths)}, which is not supported: "
+                        "they must be multiples of the first")
     y = adm_width(file, config, encoders)
     return replace(
         usual, in_channels=config.get("in_channels", 4), out_channels=config.get("out_channels", 4),
@@ -178,7 +178,8 @@ def one_number(file: Path, config: dict, key: str, usual: int) -> int:
     value = config.get(key, usual)
     values = value if isinstance(value, (list, tuple)) else [value]
     if not all(type(one) is int for one in values) or len(set(values)) != 1:
-        raise UserError(f"{file} has {key} {value}, which is not supported: it must be one number")
+        raise UserError(f"{file} has {key} {shown(value)}, which is not supported: it must be one "
+                        "number")
     return values[0]
 
 
@@ -187,8 +188,8 @@ def per_level(file: Path, config: dict, key: str, usual: int, levels: int) -> li
     value = config.get(key, usual)
     values = value if isinstance(value, (list, tuple)) else [value] * levels
     if len(values) != levels or not all(type(one) is int for one in values):
-        raise UserError(f"{file} has {key} {value}, which is not supported: it must be a number, "
-                        f"or {levels} of them")
+        raise UserError(f"{file} has {key} {shown(value)}, which is not supported: it must be a "
+                        f"number, or {levels} of them")
     return list(values)
 
 
@@ -219,7 +220,7 @@ def text_config(path: Path, part: str, usual: CLIPTextConfig) -> CLIPTextConfig:
     check_fixed(file, config, FIXED_TEXT)
     kind = (config.get("architectures") or ["CLIPTextModel"])[0]
     if kind not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        raise UserError(f"{file} is a {kind}, which is not supported: CLIPTextModel is")
+        raise UserError(f"{file} is a {kind[:80]}, which is not supported: CLIPTextModel is")
     width, act = config.get("hidden_size", 512), config.get("hidden_act", "quick_gelu")
     if config.get("intermediate_size", 4 * width) != 4 * width:
         raise UserError(f"{file} has intermediate_size {config['intermediate_size']}, which is not "

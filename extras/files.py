@@ -135,7 +135,9 @@ def lazy_pickle(path: Path) -> Tensors:
     check_pickle(path, zipped)
     known = [(Placeholder, LIGHTNING_CHECKPOINT), (PlainParameterDict, PARAMETER_DICT)]
     with torch.serialization.safe_globals(known):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # an error says it too
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if not as_dict(state):
         raise UserError(f"{path} is not a checkpoint that can be read: it holds no dict of tensors")
     found = flat_tensors(unwrapped(state))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from clip import CLIPTextModel
-from extras.diffusers_names import diffusers_name
 from extras.checks import shown
+from extras.diffusers_names import diffusers_name
 from extras.files import Tensors, atomic_write, open_tensors, read_json, save_tensors
 from extras.lora_names import Sorted, other_family, sort_tensors
 from extras.lycoris import BIASES, changed_weight, factor, kind_of

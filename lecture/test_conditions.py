@@ -170,7 +170,7 @@ class TwoBumps(nn.Module):
     The context is +1, -1, or 0, which means "not given".
     """
 
-    cfg = SimpleNamespace(in_channels=4)
+    config = SimpleNamespace(in_channels=4)
 
     def forward(self, x, t, context):
         sigma = SIGMAS[t.round().long()].float()[:, None, None, None]

@@ -87,7 +87,10 @@ def mutated_json(value: object, rng: random.Random) -> object:
     """A copy in which some values are others, or missing."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.randint(1, 3)):
-        container, key = rng.choice(list(places(value)) or [(value, 0)])
+        spots = list(places(value))
+        if not spots:
+            break
+        container, key = rng.choice(spots)
         kind = rng.randrange(6)
         if kind == 0 and isinstance(container, dict):
             del container[key]
