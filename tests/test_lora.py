@@ -458,14 +458,15 @@ ROLE_NAMES = {
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_every_naming_gives_the_same_weights(name, tmp_path):
-    """30 of them for each model."""
+    """30 of them for sd1; for sdxl, which is slower, each beginning once."""
     state = kohya_file(name)
     file = tmp_path / "x.safetensors"
     like = merged(name, state, file)
     assert same_weights(like, copies(name)[0]) > 0.1
     dotted = dotted_names(copies(name)[0])
-    for starts in STARTS.values():
-        for roles in ROLE_NAMES.values():
+    every = list(ROLE_NAMES.values())
+    for i, starts in enumerate(STARTS.values()):
+        for roles in every if name == "sd1" else [every[i % len(every)]]:
             renamed = {}
             for key, tensor in state.items():
                 layer, _, role = key.partition(".")
