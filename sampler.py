@@ -64,9 +64,10 @@ def zero_snr(sigmas: Tensor, base: Tensor) -> Tensor:
     sqrt(abar) is shifted to end at 0 and scaled to begin as before. The end is not quite 0, so
     that sigma stays finite there (4519). The limit is the one in common use.
     """
-    first, last = vp_scale(base[0]), vp_scale(base[-1])
-    abar = ((vp_scale(sigmas) - last) * first / (first - last)) ** 2
-    return (1 / abar.clamp(min=4.8973451890853435e-08) - 1).sqrt()
+    first, last, scale = vp_scale(base[0]), vp_scale(base[-1]), vp_scale(sigmas)
+    abar = ((scale - last) * first / (first - last)) ** 2
+    limit = 4.8973451890853435e-08 * scale / last  # falls too, so that no two levels are equal
+    return (1 / torch.maximum(abar, limit) - 1).sqrt()
 
 
 EPS = Prediction(  # the noise

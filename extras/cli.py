@@ -40,6 +40,8 @@ from extras.lora_tags import common_tags, find_file, find_tags
 from extras.nan import explain_nan
 from extras.options import DTYPES, SMALL, Options, flag, params_text, parse
 from extras.png_info import png_chunk
+from extras.recorder import Recorder
+from extras.report import write_page
 from extras.terminal import printable, tolerant_streams
 from extras.textual_inversion import add_embedding
 from sampler import Step
@@ -268,7 +270,7 @@ def check_options(o: Options) -> None:
         raise UserError(f"the seed must lie between 0 and 2^63, not {o.seed}")
     if o.scale > 1 and o.gif is None and o.attn is None:
         raise UserError("--scale means nothing without --gif or --attn: give one of them too")
-    for name in "prompt", "gif", "attn":
+    for name in "prompt", "gif", "attn", "report":
         if o.prompts is not None and getattr(o, name) is not None:
             shown = name if name == "prompt" else flag(name)
             raise UserError(f"--prompts does not go with {shown}: leave one of them out")
@@ -351,6 +353,7 @@ class Drawn(NamedTuple):
     images: list[Image.Image]
     guesses: list[torch.Tensor]     # of each step, for the GIF
     maps: AttentionStore
+    recorder: Recorder | None       # for the report
 
 
 class Plan(NamedTuple):
@@ -361,6 +364,7 @@ class Plan(NamedTuple):
     strength: float
     words: list[Word]               # whose maps are written
     gifs: dict[Job, Path]
+    reports: dict[Job, Path]
 
 
 def draw_all(o: Options) -> None:
@@ -370,6 +374,8 @@ def draw_all(o: Options) -> None:
     if there and o.params_from is not None:
         say(f"replaces {there[0]}" + (f" and {len(there) - 1} more" if len(there) > 1 else ""))
     gifs = [] if o.gif is None else output_paths("--gif", Path(o.gif), ".gif", o.seed, o.n)
+    reports = [] if o.report is None else output_paths(
+        "--report", Path(o.report), ".html", o.seed, o.n)
     grid = [] if o.grid is None else output_paths("--grid", Path(o.grid), ".png", o.seed, 1)
     image, mask = (None if path is None else read_image(path) for path in (o.init, o.mask))
     if o.ckpt is None and ranks()[0] == 0:
@@ -380,7 +386,7 @@ def draw_all(o: Options) -> None:
     if o.lowmem:
         lowmem.attach(sd, device)
     edit.check_inputs(sd, image, mask, o.image_guidance, o.cfg_end, o.cfg_rescale)
-    plan = make_plan(sd, o, image, mask, dict(zip(jobs, gifs)))
+    plan = make_plan(sd, o, image, mask, dict(zip(jobs, gifs)), dict(zip(jobs, reports)))
     warn(sd, o, plan, jobs)
 
     batches = make_batches(sd, jobs, o.batch_size)
@@ -399,7 +405,7 @@ def draw_all(o: Options) -> None:
 
 def make_plan(
     sd: StableDiffusion, o: Options, image: Image.Image | None, mask: Image.Image | None,
-    gifs: dict[Job, Path],
+    gifs: dict[Job, Path], reports: dict[Job, Path],
 ) -> Plan:
     """Raises UserError for settings out of range, and for words that the prompt lacks."""
     settings = sd.resolve_options(**{name: getattr(o, name) for name in edit.SETTINGS})
@@ -409,7 +415,10 @@ def make_plan(
         wanted = None if o.words is None else o.words.split(",")
         words = chosen_words(sd.text_encoders[0].tokenizer, o.prompt, wanted)
         make_folder(Path(o.attn))
-    return Plan(settings, image, mask, strength, words, gifs)
+    if o.report is not None and not prompts.clip_encoders(sd):
+        raise UserError("--report shows CLIP's tokens, and this model reads the prompt otherwise: "
+                        "leave it out")
+    return Plan(settings, image, mask, strength, words, gifs, reports)
 
 
 def make_batches(sd: StableDiffusion, jobs: list[Job], size: int) -> list[list[Job]]:
@@ -428,18 +437,25 @@ def make_batches(sd: StableDiffusion, jobs: list[Job], size: int) -> list[list[J
 def draw_batch(
     sd: StableDiffusion, o: Options, plan: Plan, batch: list[Job], bar: tqdm
 ) -> Drawn:
-    maps, guesses = AttentionStore(), []
+    maps, guesses, recorder = AttentionStore(), [], None
+    if plan.reports:
+        sigmas = edit.run_sigmas(sd, plan.settings, 1.0 if plan.image is None else plan.strength)
+        recorder = Recorder(sd, [job.prompt for job in batch], sigmas, maps)
 
     def callback(step: Step) -> None:
         bar.update()
         if plan.gifs:
             guesses.append(step.denoised)
-        if plan.words:
+        if recorder is not None:
+            recorder.step(step)     # it also gives the step to `maps`
+        elif plan.words:
             maps.step(step)
 
     with ExitStack() as attached:
-        if plan.words:
+        if plan.words or recorder is not None:
             attached.enter_context(capture_attention(sd.unet, maps))
+        if recorder is not None:
+            attached.enter_context(recorder.watch())
         if o.deepcache is not None:
             attached.enter_context(deepcache(sd.unet, o.deepcache))
         try:
@@ -449,7 +465,7 @@ def draw_batch(
                 seed=batch[0].seed, callback=callback, **plan.settings)
         except UserError as error:
             raise explain_nan(sd, error, [job.prompt for job in batch]) from error
-    return Drawn(images, guesses, maps)
+    return Drawn(images, guesses, maps, recorder)
 
 
 # --- warnings ---
@@ -510,6 +526,10 @@ def write_batch(
             guesses = [guess[i:i + 1] for guess in drawn.guesses[:-1]]
             frames = [sd.decode_latents(guess)[0] for guess in guesses] + [image]
             write_gif([enlarged(frame, o.scale) for frame in frames], plan.gifs[job])
+        if job in plan.reports:
+            given = asdict(o) | {"prompt": job.prompt, "seed": job.seed}
+            write_page(drawn.recorder, i, image, plan.reports[job], given, used)
+            tqdm.write(str(plan.reports[job]))
     if plan.words:
         for job, image, maps in zip(batch, drawn.images, drawn.maps.mean()):
             write_maps(enlarged(image, o.scale), maps, plan.words, Path(o.attn) / job.path.stem)

@@ -186,7 +186,8 @@ def unused_and_missing(part: Component, sd: StableDiffusion) -> Tensors:
     """
     cfg = sd.preset.text_encoders[0]
     first_of_two = len(sd.text_encoders) > 1 and part.prefix == cfg.prefix
-    if not first_of_two or cfg.final_norm or not part.found:
+    is_clip = isinstance(cfg, CLIPTextConfig)
+    if not (first_of_two and is_clip and part.found) or cfg.final_norm:
         return {}
     zeros = {}
     for name, theirs in part.names.items():

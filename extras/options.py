@@ -155,6 +155,8 @@ class Options:
                              "step", metavar="GIF", old=("--film",))
     attn: str | None = option(None, "files", "also write, for each word, where in the picture it "
                               "was used", metavar="FOLDER")
+    report: str | None = option(None, "files", "also write a page that shows how the picture came "
+                                "about, step by step and word by word", metavar="HTML")
     words: str | None = option(None, "files", "with --attn: only these words of the prompt, "
                                "separated by commas", metavar="WORDS")
     scale: int = option(1, "files", "enlarge what --gif and --attn write so many times", int,

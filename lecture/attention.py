@@ -13,7 +13,8 @@ DAAM).
 
 Such maps lie on the things that the words name. In the built-in model this is clearest in the last
 layer, which has 8x8 positions. The printed numbers say how far, on average, attention to a word is
-higher where something is drawn.
+higher where something is drawn. attention.html is a page to play with: point at a word, pick a
+layer and a step.
 
     python lecture/attention.py --word blue heart red apple
     python lecture/attention.py --prompt "three stars on a blue background" --word three stars blue
@@ -31,6 +32,7 @@ from process import condition, distance, noise_of, walk
 from torch import Tensor
 
 from extras.attention_maps import AttentionStore, capture_attention, chosen_words
+from extras.report import report
 from model import CrossAttention, UNetConfig, attention, attention_probs
 from sd import StableDiffusion
 
@@ -289,6 +291,9 @@ def main(args: Namespace) -> None:
     if sd.preset.unet.adm_in_channels is not None:
         page = pooled(sd, args.prompt, args.other, args.seed, steps)
         save(page, args.out / "attention-pooled.png")
+    path = args.out / "attention.html"
+    report(sd, path, args.prompt, seed=args.seed, text=__doc__, ckpt=args.ckpt, steps=steps)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ The lecture's slides: the film of a generation, fewer steps, img2img, the video 
     img2img  the start is x_t of a given picture, as noisy as the     Meng et al. 2022 (SDEdit),
              strength says                                            algorithm 2
 
+process.html is the same as a page to play with: each step, each word, both guesses of guidance.
+
     python lecture/process.py
     python lecture/process.py --prompt "cat face" --to "dog face" --init my_picture.png
     python lecture/process.py --ckpt v1-5-pruned-emaonly.safetensors --prompt "a castle" \\
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from extras.edit import concat_kind, img2img
 from extras.files import on_white, read_image
+from extras.report import report
 from sampler import (
     SAMPLERS,
     SPACINGS,
@@ -285,6 +288,10 @@ def main(args: Namespace) -> None:
     show_between(args, sd, 3 if quick else 13, half)
     first = ImageOps.fit(first, (size, size), Image.Resampling.LANCZOS)
     show_img2img(args, sd, first, (0.5, 1) if quick else (0.2, 0.4, 0.6, 0.8, 1), half)
+    path = args.out / "process.html"
+    report(sd, path, args.prompt, seed=args.seed, text=__doc__, ckpt=args.ckpt,
+           steps=3 if quick else steps)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

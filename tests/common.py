@@ -55,8 +55,9 @@ PROMPTS = dict(prompt="a red apple", negative_prompt="a blurry photograph, 4k")
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """The same random numbers in every test, whichever tests run before it."""
+    """The same random numbers in every test, whichever tests run before it; and one thread."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 # --- commands ---

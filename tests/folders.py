@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import sd as core
 from extras import cli
 from sd import StableDiffusion, UserError
-from tests.common import PROMPTS, make_scheduler, pair, photograph, small
+from tests.common import PROMPTS, make_scheduler, model_and_pipeline, photograph, small
 
 SD, XL = diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline
 PIPELINES = {
@@ -50,8 +50,8 @@ def rows(monkeypatch):
 
 @functools.cache
 def small_model_and_pipeline(name: str):
-    """As `pair`, with what a published folder says beside the weights."""
-    sd, pipe = pair(name, PIPELINES[name])
+    """As `pair`, with what a published folder says beside the weights. Nobody else changes it."""
+    sd, pipe = model_and_pipeline(small(name), PIPELINES[name])
     pipe.unet.register_to_config(sample_size=8)
     scheduler = make_scheduler("ddim", "leading", sd.preset.prediction_type)
     if name in TURBO:

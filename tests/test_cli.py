@@ -77,7 +77,9 @@ def test_threads_spin_for_a_short_time(start):
 def test_ctrl_c_ends_in_one_line(tmp_path):
     process = subprocess.Popen(
         [sys.executable, ROOT / "sd.py", "a red apple", "--steps", "1000", "--out", "a.png"],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        # a shell's background job ignores it, and passes that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     line = process.stderr.readline()                # about the built-in model: main has begun
     assert "built-in model" in line
     time.sleep(1)

@@ -23,6 +23,7 @@ from lycoris.modules.lokr import LokrModule
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from clip import load_bpe
 from extras import lora_names, lycoris
 from extras.lora import LoRA, apply_lora, layers, open_lora
 from sd import PRESETS, StableDiffusion, UserError
@@ -49,18 +50,29 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
 # --- helpers ---
 
-def copies(name: str):
-    """A small model and diffusers' pipeline with the same weights, to be changed."""
+def copy_model(name: str) -> StableDiffusion:
+    """A small model, to be changed. Not so its tokenizer, which takes longer than all the rest."""
+    bpe = load_bpe()
+    return deepcopy(pair_of(name)[0], {id(bpe): bpe})
+
+
+def pair_of(name: str):
     pipeline = diffusers.StableDiffusionPipeline
     if len(PRESETS[name].text_encoders) == 2:
         pipeline = diffusers.StableDiffusionXLPipeline
-    sd, pipe = pair(name, pipeline)
-    pipe = pipeline(**{part: deepcopy(module) for part, module in pipe.components.items()})
+    return pair(name, pipeline)
+
+
+def copies(name: str):
+    """A small model and diffusers' pipeline with the same weights, to be changed."""
+    pipe = pair_of(name)[1]
+    pipe = type(pipe)(**{part: module if "tokenizer" in part else deepcopy(module)
+                         for part, module in pipe.components.items()})
     pipe.scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1)
     pipe.set_progress_bar_config(disable=True)
-    return deepcopy(sd), pipe
+    return copy_model(name), pipe
 
 
 def add_adapter(model: torch.nn.Module, rank: int, alpha: float,
@@ -164,7 +176,7 @@ def test_peft_folder_of_a_text_encoder_is_read(tmp_path):
     _, pipe = copies("sd1")
     peft.get_peft_model(pipe.text_encoder, peft_config(2, TEXT, lora_alpha=9)) \
         .save_pretrained(tmp_path)
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     found = open_lora(tmp_path)
     assert len(found) == 4 * sd.preset.text_encoders[0].num_hidden_layers
     assert found.keys() <= layers(sd).keys()
@@ -235,7 +247,7 @@ def test_what_is_saved_here_diffusers_draws_with(name, tmp_path):
     pipe.load_lora_weights(tmp_path, weight_name="mine.safetensors")
     theirs = picture_by_diffusers(pipe)
     assert_agree(picture(sd), theirs, 80)
-    merged, _ = copies(name)
+    merged = copy_model(name)
     apply_lora(merged, tmp_path / "mine.safetensors")
     assert_agree(picture(merged), theirs, 80)
 
@@ -247,7 +259,7 @@ def test_known_size():
 
 
 def test_gradients_flow_into_the_lora_alone():
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     lora = LoRA(sd, 2)
     for p in lora.parameters():
         p.requires_grad_()
@@ -279,7 +291,7 @@ def test_official_names_lead_to_the_same_layers(tmp_path, name="sdxl"):
     found = open_lora(tmp_path / "b.safetensors")
     assert open_lora(tmp_path / "c.safetensors").keys() \
         == {layer for layer in found if layer.startswith("unet")}
-    sd, _ = copies(name)
+    sd = copy_model(name)
     before = picture(sd)[0]
     apply_lora(sd, tmp_path / "b.safetensors")
     assert_changed(sd, before)
@@ -291,7 +303,7 @@ def test_two_at_once_and_out_again(tmp_path):
     """Each with its own scale, as diffusers' adapters with weights; taken out with -scale."""
     sd, pipe = copies("sd1")
     for i, rank in enumerate((2, 5)):
-        lora = randomize_up(LoRA(copies("sd1")[0], rank, text=bool(i)), 0.15)
+        lora = randomize_up(LoRA(copy_model("sd1"), rank, text=bool(i)), 0.15)
         lora.save(tmp_path / f"{i}.safetensors", torch.float32)
         pipe.load_lora_weights(tmp_path, weight_name=f"{i}.safetensors", adapter_name=f"a{i}")
     pipe.set_adapters(["a0", "a1"], [0.7, -0.5])
@@ -309,8 +321,8 @@ def test_two_at_once_and_out_again(tmp_path):
 
 def test_half_precision_weights_stay_half(tmp_path):
     """The sum is made in fp32 and rounded once."""
-    sd, _ = copies("sd1")
-    lora = randomize_up(LoRA(copies("sd1")[0], 4), 1.0)
+    sd = copy_model("sd1")
+    lora = randomize_up(LoRA(copy_model("sd1"), 4), 1.0)
     lora.save(tmp_path / "a.safetensors", torch.float32)
     half = deepcopy(sd)
     half.unet.half()
@@ -357,7 +369,7 @@ def shaped(shapes: dict) -> dict:
     ({}, "holds no tensors"),
 ])
 def test_what_is_no_lora_for_this_model_is_refused_and_changes_nothing(state, said, tmp_path):
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     before = {name: tensor.clone() for name, tensor in sd.state_dict().items()}
     save_file(shaped(state), tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=said) as error:
@@ -374,8 +386,8 @@ def test_what_is_no_lora_for_this_model_is_refused_and_changes_nothing(state, sa
     ({DOWN: (99_000, 32), UP: (32, 99_000)}, "1 of 2"),
     ({f"{LAYER}{i}.alpha": () for i in range(3)}, None)])
 def test_layers_that_do_not_fit_are_counted(state, count, tmp_path):
-    sd, _ = copies("sd1")
-    alone, _ = copies("sd1")
+    sd = copy_model("sd1")
+    alone = copy_model("sd1")
     save_file(shaped(GOOD), tmp_path / "a.safetensors")
     save_file(shaped(GOOD | state), tmp_path / "b.safetensors")
     apply_lora(alone, tmp_path / "a.safetensors")
@@ -393,7 +405,7 @@ def test_nan_in_a_file_is_found_while_it_is_read(value, tmp_path):
     state[UP][3, 1] = value
     save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="there is NaN or infinity in unet_.*to_q, up"):
-        apply_lora(copies("sd1")[0], tmp_path / "x.safetensors")
+        apply_lora(copy_model("sd1"), tmp_path / "x.safetensors")
 
 
 # --- all namings are one ---
@@ -406,14 +418,14 @@ def same_weights(a: StableDiffusion, b: StableDiffusion) -> float:
 
 def kohya_file(name: str) -> dict:
     """A random LoRA of a model, text encoders too: rank 4, alpha 2, under kohya's names."""
-    lora = randomize_up(LoRA(copies(name)[0], 4, alpha=2, text=True), 0.3)
+    lora = randomize_up(LoRA(copy_model(name), 4, alpha=2, text=True), 0.3)
     state = {key.removeprefix("layers."): tensor.clone()
              for key, tensor in lora.state_dict().items()}
     return state | {f"{layer}.alpha": torch.tensor(2.0) for layer in lora.layers}
 
 
 def merged(name: str, state: dict, path, metadata: dict | None = None) -> StableDiffusion:
-    sd, _ = copies(name)
+    sd = copy_model(name)
     if path.suffix == ".safetensors":
         save_file(state, path, metadata)
     else:
@@ -462,8 +474,8 @@ def test_every_naming_gives_the_same_weights(name, tmp_path):
     state = kohya_file(name)
     file = tmp_path / "x.safetensors"
     like = merged(name, state, file)
-    assert same_weights(like, copies(name)[0]) > 0.1
-    dotted = dotted_names(copies(name)[0])
+    assert same_weights(like, copy_model(name)) > 0.1
+    dotted = dotted_names(copy_model(name))
     every = list(ROLE_NAMES.values())
     for i, starts in enumerate(STARTS.values()):
         for roles in every if name == "sd1" else [every[i % len(every)]]:
@@ -513,7 +525,7 @@ def test_projection_of_the_text_encoder(tmp_path):
     change = 0.5 * state["lora_te2_text_projection.lora_up.weight"] \
         @ state["lora_te2_text_projection.lora_down.weight"]
     sd = merged("sdxl", state, tmp_path / "x.safetensors")
-    before = copies("sdxl")[0].text_encoders[1].text_projection
+    before = copy_model("sdxl").text_encoders[1].text_projection
     assert torch.allclose(sd.text_encoders[1].text_projection, before + change.T, atol=1e-5)
     first = {"lora_te1_text_projection.lora_down.weight": torch.randn(4, 32),
              "lora_te1_text_projection.lora_up.weight": torch.randn(32, 4)}
@@ -535,9 +547,9 @@ def test_learned_words_in_a_lora(tmp_path):
 def test_text_encoders_have_a_scale_of_their_own(tmp_path):
     state, file = kohya_file("sd1"), tmp_path / "x.safetensors"
     save_file(state, file)
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     apply_lora(sd, file, 0.0, 1.0)
-    like, before = merged("sd1", state, file), copies("sd1")[0]
+    like, before = merged("sd1", state, file), copy_model("sd1")
     text = {name for name in like.state_dict() if name.startswith("cond_stage")}
     for name, tensor in sd.state_dict().items():
         theirs = (like if name in text else before).state_dict()[name]
@@ -606,7 +618,7 @@ def test_other_kinds_of_peft_draw_what_peft_draws(settings, tmp_path):
 
 
 @pytest.mark.parametrize("config", [
-    peft.LoHaConfig(r=4, alpha=6, target_modules=ATTENTION, init_weights=False),
+    peft.LoHaConfig(r=4, alpha=24, target_modules=ATTENTION, init_weights=False),
     peft.LoKrConfig(r=2, alpha=6, target_modules=ATTENTION, init_weights=False)])
 def test_loha_and_lokr_of_peft(config, tmp_path):
     sd, pipe = copies("sd1")
@@ -648,26 +660,26 @@ def test_odd_files_end_in_a_line(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                apply_lora(copies("sd1")[0], file)
+                apply_lora(copy_model("sd1"), file)
             except UserError as error:
                 assert "\n" not in str(error)
 
 
 def test_models_without_the_layers_are_refused(tmp_path):
     """Never silently nothing: another UNet, one without attention, another text encoder."""
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     LoRA(sd, 2).save(tmp_path / "a.safetensors")
-    other, _ = copies("sd1")
+    other = copy_model("sd1")
     other.unet = torch.nn.Linear(2, 2)
     with pytest.raises(UserError, match="needs the UNet of model.py, and this model has Linear"):
         LoRA(other, 2)
     with pytest.raises(UserError, match="needs the UNet of model.py"):
         apply_lora(other, tmp_path / "a.safetensors")
-    other, _ = copies("sd1")
+    other = copy_model("sd1")
     other.unet.middle_block = other.unet.input_blocks = other.unet.output_blocks = None
     with pytest.raises(UserError, match="found no attention layers in unet"):
         LoRA(other, 2)
-    other, _ = copies("sd1")
+    other = copy_model("sd1")
     other.text_encoders[0].encoder = torch.nn.Identity()
     with pytest.raises(UserError, match="found no attention layers in text_encoder"):
         LoRA(other, 2, text=True)

@@ -4,7 +4,6 @@ data/oracle/ holds the answers (see its README). The weights are random, a funct
 of their official names, so that nothing of 4 GB has to be kept. Two correct fp32 programs lie about
 3e-6 apart on one call of the UNet. The bounds are two to three times what was measured.
 """
-import os
 import zlib
 from collections.abc import Iterator
 from functools import cache, partial
@@ -113,12 +112,9 @@ def answers(name: str) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def models() -> Iterator[dict[str, StableDiffusion]]:
     """The model of the version that is compared now. One at a time, because of memory."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
     kept: dict[str, StableDiffusion] = {}
     yield kept
     kept.clear()
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids="-".join)
