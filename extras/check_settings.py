@@ -3,6 +3,7 @@
 `s` is train.py's Settings.
 """
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def check_settings(s) -> None:
     for path in [*s.data, *s.class_data]:
         if not is_shards(path) and not Path(path).is_dir():
             raise UserError(f"no such folder: {path}")
+    if re.fullmatch(r"[\w-]+", s.init) and s.init not in PRESETS and not Path(s.init).exists():
+        raise UserError(f"--init {s.init}: no such file, and no row of PRESETS "
+                        f"({', '.join(PRESETS)})")
     for name, (fits, use) in uses(s, bool(shards)).items():
         if getattr(s, name) and not fits:
             raise UserError(f"{option(name)} is for {use}")

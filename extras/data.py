@@ -32,7 +32,7 @@ from tqdm import tqdm
 from clip import BOS, EOS, CLIPTextModel, Tokenizer
 from extras.captions import PICTURES, Sample, list_folder
 from extras.distributed import barrier
-from extras.files import atomic_write, is_text, make_folder, read_image
+from extras.files import atomic_write, follow_umask, is_text, make_folder, read_image
 from extras.locks import release_locks
 from extras.progress import hidden
 from extras.terminal import complain
@@ -299,6 +299,7 @@ class TensorCache:
             tensors = {name: tensor.contiguous().cpu() for name, tensor in compute().items()}
             with atomic_write(path) as temporary:
                 save_file(tensors, temporary)
+                follow_umask(temporary)
         return load_file(path)
 
 

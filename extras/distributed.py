@@ -4,6 +4,7 @@
 """
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sd import StableDiffusion, best_device_and_dtype
+from sd import StableDiffusion, UserError, best_device_and_dtype
 
 
 def init_distributed(device: str = "") -> tuple[int, int, str]:
@@ -25,6 +26,7 @@ def init_distributed(device: str = "") -> tuple[int, int, str]:
     device, _ = best_device_and_dtype(device or None, torch.float32)
     if "RANK" not in os.environ:
         return 0, 1, device
+    check_environment()
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
@@ -32,6 +34,17 @@ def init_distributed(device: str = "") -> tuple[int, int, str]:
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                             timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def check_environment() -> None:
+    """Raises UserError if what torchrun sets is damaged, or was set by something else."""
+    numbers = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    good = all(re.fullmatch("[0-9]{1,6}", text) for text in numbers.values()) \
+        and int(numbers["RANK"]) < int(numbers["WORLD_SIZE"]) and "MASTER_ADDR" in os.environ
+    if not good:
+        said = ", ".join(f"{name}={text!r}" for name, text in numbers.items())
+        raise UserError(f"the environment says {said}: start many processes with torchrun, or "
+                        "unset RANK for one")
 
 
 def end_process(status: int) -> None:

@@ -455,9 +455,9 @@ def is_plain(tensor: object) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Also a `forward` of its own: some libraries attach themselves by one."""
+    """Also a `forward` or `attend` of its own: some code attaches itself by one."""
     return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
-                or module._backward_hooks or "forward" in vars(module)
+                or module._backward_hooks or {"forward", "attend"} & vars(module).keys()
                 or _has_any_global_hook())
 
 

@@ -71,6 +71,19 @@ def test_two_runs_in_one_folder(args, tmp_path, capsys):
         "metrics.jsonl", "model.safetensors", "sample-0000001.png", "state.pt"]
 
 
+@pytest.mark.parametrize("name, value", [
+    ("RANK", "x"), ("RANK", "2"), ("WORLD_SIZE", "-1"), ("LOCAL_RANK", ""), ("RANK", "9" * 99)])
+def test_a_damaged_environment_of_torchrun(args, capsys, monkeypatch, name, value):
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    for variable, text in (whole | {name: value}).items():
+        monkeypatch.setenv(variable, text)
+    assert "start many processes with torchrun" in refused(capsys, *args, "--steps", 1)
+
+
+def test_a_misspelt_row_is_told(args, capsys):
+    assert "no row of PRESETS (sd1" in refused(capsys, *args, "--init", "emojii", "--steps", 1)
+
+
 def test_only_what_killed_runs_left_is_removed(args, tmp_path, capsys):
     """By its name, and while no process holds it."""
     out = tmp_path / "out"
