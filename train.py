@@ -256,7 +256,8 @@ class UNetLoss(nn.Module):
 
     def samples(self, sd: StableDiffusion) -> list[tuple[Image.Image, str]]:
         """Pictures for a sample sheet, each with its caption."""
-        return [(sd.generate(prompt)[0], prompt) for prompt in self.shown]
+        with text_scope(sd.text_encoders, 77, None):    # long captions fill further rows
+            return [(sd.generate(prompt)[0], prompt) for prompt in self.shown]
 
 
 def trained_networks(s: Settings, sd: StableDiffusion) -> nn.ModuleList:

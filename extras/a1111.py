@@ -31,7 +31,7 @@ IGNORED = {  # what does not change the picture, or is spoken of elsewhere
     "Model", "Model hash", "Version", "Hashes", "Lora hashes", "TI hashes", "VAE hash", "User",
     "Created Date", "Civitai metadata", "Civitai resources", "Time taken", "Batch size",
     "Batch pos", "Template", "Negative Template", "Wildcard prompt", "Wildcard negative prompt",
-    "Downcast alphas_cumprod", "Discard penultimate sigma", "Pad conds"}
+    "Pad conds"}
 GROUPS = {  # how the names of settings begin: what is not followed
     "Hires": "the second, larger pass (Hires) is left out",
     "ADetailer": "ADetailer's corrections are left out", "ControlNet": "ControlNet is left out",
@@ -39,6 +39,8 @@ GROUPS = {  # how the names of settings begin: what is not followed
     "Seed resize": "the resized seed is left out", "Mask": "the mask is not in the picture",
     "Inpaint": "the mask is not in the picture", "Face": "the correction of faces is left out",
     "Eta": "another eta is left out", "ENSD": "A1111's shift of the seed (ENSD) is left out",
+    "Discard": "leaving out the last but one noise level (Discard penultimate) is not followed",
+    "Downcast": "the noise levels in fp16 (Downcast alphas_cumprod) are left out",
     "Tiling": "tiling is left out", "FreeU": "FreeU is left out",
     "Schedule": "other ends of the noise levels are left out",
     "Sigma": "other ends of the noise levels are left out"}
@@ -60,9 +62,10 @@ def names_for(sampler: str | None, spacing: str | None) -> dict[str, str]:
 
 def is_ours(fields: dict[str, str]) -> bool:
     """Whether sd.py wrote the settings, now or before it named itself."""
-    if fields.get("Version") == "sd.py":
-        return True
     old = {"Guided share", "Deep every", "DeepCache", "CFG end"} & fields.keys()
+    version = fields.get("Version")
+    if version == "sd.py" or (version is not None and not old):
+        return version == "sd.py"
     return fields.get("Sampler") in SAMPLERS and bool(
         old or fields.get("Schedule type") in SPACINGS)
 
@@ -155,8 +158,12 @@ RULES: list[tuple[Rule, str]] = [
      "ComfyUI weighs words in another way, and there [ ] give no weight"),
     (lambda p, found, given: p.program == "ComfyUI" and found.get("timestep_spacing") == "beta",
      "ComfyUI's schedule beta has other noise levels"),
+    (lambda p, found, given: found.get("sampler") == "unipc",
+     "{program}'s UniPC has another order or other noise levels"),
+    (lambda p, found, given: p.fields.get("Emphasis") in ("None", "Ignore") and weighted(p),
+     "A1111 gave the words no weights there (Emphasis), and here they have them"),
     (lambda p, found, given: p.program == "A1111" and weighted(p)
-     and p.fields.get("Emphasis") != "No norm",
+     and p.fields.get("Emphasis") not in ("No norm", "None", "Ignore"),
      "A1111 scales the vectors of weighted words to their mean, which is left out"),
     (lambda p, found, given: p.fields.get("Seed") == "-1",
      "the seed is not stored: any other is taken"),

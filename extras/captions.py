@@ -131,7 +131,8 @@ def decoded(data: bytes, path: Path) -> str:
     try:
         return data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"the captions in {path} are not UTF-8: {error}") from error
+        raise UserError(f"the captions in {path} are not UTF-8 ({error}): save them as "
+                        "UTF-8") from error
 
 
 def read_captions(path: Path) -> list[str]:

@@ -121,7 +121,8 @@ def check_json(file: Path, config: dict) -> None:
 
 def check_index(file: Path, index: dict) -> None:
     """Raises UserError if a network of model_index.json is no pair of names."""
-    for key in ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler"):
+    for key in ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
+                "scheduler"):
         value = index.get(key)
         if not has_type(value, tuple[str | None, ...] | None) and value != []:
             raise UserError(f"{file}: {key} is {shown(value)}, not a pair of names")

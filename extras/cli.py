@@ -29,7 +29,7 @@ except KeyboardInterrupt:
 from PIL import Image
 from tqdm import tqdm
 
-from extras import edit, lowmem, prompts
+from extras import edit, int8, lowmem, prompts
 from extras.attention_maps import AttentionStore, Word, capture_attention, chosen_words, overlay
 from extras.deepcache import deepcache
 from extras.files import atomic_write, check_new, make_folder, open_tensors, read_image
@@ -382,7 +382,11 @@ def draw_all(o: Options) -> None:
         say(f"the built-in model draws {SMALL.size}x{SMALL.size} emoji. For full size, downloaded "
             f"once: --ckpt {OFFICIAL}")
     device, dtype = best_device_and_dtype(pick_device(o.device), DTYPES.get(o.dtype))
+    if o.int8:
+        int8.check(device, dtype)
     sd = load_model(o, "cpu" if o.lowmem else device, dtype, fast=not o.no_fast)
+    if o.int8:
+        int8.attach(sd)
     if o.lowmem:
         lowmem.attach(sd, device)
     edit.check_inputs(sd, image, mask, o.image_guidance, o.cfg_end, o.cfg_rescale)
@@ -410,14 +414,15 @@ def make_plan(
     """Raises UserError for settings out of range, and for words that the prompt lacks."""
     settings = sd.resolve_options(**{name: getattr(o, name) for name in edit.SETTINGS})
     strength = edit.default_strength(sd, mask) if o.strength is None else o.strength
-    words = []
+    words, clip = [], prompts.clip_encoders(sd)
+    reads_clip = len(clip) > 0 and clip[0] is sd.text_encoders[0]
+    if (o.attn is not None or o.report is not None) and not reads_clip:
+        raise UserError("--attn and --report show CLIP's tokens, and this model reads the prompt "
+                        "otherwise: leave them out")
     if o.attn is not None:
         wanted = None if o.words is None else o.words.split(",")
-        words = chosen_words(sd.text_encoders[0].tokenizer, o.prompt, wanted)
+        words = chosen_words(clip[0].tokenizer, o.prompt, wanted)
         make_folder(Path(o.attn))
-    if o.report is not None and not prompts.clip_encoders(sd):
-        raise UserError("--report shows CLIP's tokens, and this model reads the prompt otherwise: "
-                        "leave it out")
     return Plan(settings, image, mask, strength, words, gifs, reports)
 
 
@@ -464,6 +469,8 @@ def draw_batch(
                 o.image_guidance, o.cfg_end, o.cfg_rescale, negative_prompt=o.negative,
                 seed=batch[0].seed, callback=callback, **plan.settings)
         except UserError as error:
+            if o.int8:
+                raise  # the UNet's weights cannot be searched for NaN
             raise explain_nan(sd, error, [job.prompt for job in batch]) from error
     return Drawn(images, guesses, maps, recorder)
 

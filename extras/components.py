@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from clip import CLIPTextConfig
 from extras.diffusers_names import diffusers_name, drop_unused_layers
 from extras.files import Tensors
+from extras.memory import building
 from extras.openclip import from_openclip, to_openclip
 from extras.renames import UNET, VAE
 from sd import (
@@ -97,7 +98,18 @@ def take_components(path: Path | str, tensors: Tensors, sd: StableDiffusion, str
         check_surplus(path, surplus, known)
     if not strict:
         taken |= {name: tensors[name] for name in surplus if name not in taken}
-    return taken
+    return {name: tensor._replace(read=partial(read_numbers, path, name, tensor))
+            for name, tensor in taken.items()}
+
+
+def read_numbers(path: Path | str, name: str, tensor: LazyTensor) -> Tensor:
+    """Raises UserError for weights in whole or complex numbers: they are codes of something."""
+    found = tensor.read()
+    if not found.is_floating_point():
+        kind = str(found.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: {name} holds numbers of the type {kind}, perhaps quantized, "
+                        "which is not supported: give it in fp16, bf16 or fp32")
+    return found
 
 
 def components(tensors: Tensors, sd: StableDiffusion) -> Iterator[Component]:
@@ -159,7 +171,7 @@ def without_missing_layers(tensors: Tensors, preset: Preset) -> Preset:
 def text_encoder_in(tensors: Tensors, preset: Preset) -> Component:
     """The only text encoder of a preset."""
     cfg = preset.text_encoders[0]
-    with torch.device("meta"):
+    with building():
         network = make_network(cfg)
     starts = [cfg.prefix, "text_encoder/", *CLIP[:2], *OPENCLIP[:2]]
     return read_component("text encoder", cfg.prefix, starts, network, tensors, preset)
@@ -172,7 +184,7 @@ def names_of_whole_encoders(preset: Preset) -> list[str]:
     if len(preset.text_encoders) > 1 or not getattr(cfg, "openclip", False):
         return []
     whole = replace(cfg, num_hidden_layers=cfg.num_hidden_layers + 1, projection=True)
-    with torch.device("meta"):
+    with building():
         state = make_network(whole).state_dict()
     plain = [start + name for start in CLIP[:2] for name in state]
     folder = [diffusers_name(cfg.prefix + name, preset) for name in state]

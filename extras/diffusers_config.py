@@ -95,6 +95,11 @@ def scheduler_settings(path: Path) -> dict[str, object]:
 def check_pipeline(path: Path, index: dict) -> None:
     """Raises UserError for networks in model_index.json that would change the picture."""
     file = path / "model_index.json"
+    for name in "tokenizer", "tokenizer_2":
+        kind = (index.get(name) or [None])[-1]
+        if kind not in (None, "CLIPTokenizer", "CLIPTokenizerFast"):
+            raise UserError(f"{file} has the tokenizer {str(kind)[:80]}, which is not supported: "
+                            "CLIPTokenizer is")
     if index.get("is_cosxl_edit"):
         raise UserError(f"{file} has is_cosxl_edit, which is not supported: its noise is EDM's")
     for name, value in index.items():

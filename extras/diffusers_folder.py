@@ -2,6 +2,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from clip import load_bpe
 from extras.checks import check_index, shown
 from extras.diffusers_config import check_pipeline, scheduler_settings
 from extras.files import Tensors, open_tensors, read_json
@@ -10,6 +11,7 @@ from sd import UserError
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 CONFIG_FILES = ("scheduler/scheduler_config.json", "unet/config.json", "vae/config.json")
 TEXT_CONFIG_FILES = ("text_encoder/config.json", "text_encoder_2/config.json")
+VOCABULARIES = ("tokenizer/vocab.json", "tokenizer_2/vocab.json")
 
 SCHEDULERS = {  # our sampler -> diffusers' class, for those in rows of PRESETS
     "dpmpp_2m": "DPMSolverMultistepScheduler",
@@ -43,6 +45,8 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
     index = read_json(path / "model_index.json")
     check_index(path / "model_index.json", index)
     check_pipeline(path, index)
+    for component in "tokenizer", "tokenizer_2":
+        check_tokenizer(path / component)
     files = {file.relative_to(path).as_posix() for file in path.glob("*/*")}
     tensors, metadata = {}, {}
     for component in COMPONENTS:
@@ -57,6 +61,22 @@ def open_folder(path: Path, half: bool = False) -> tuple[Tensors, dict[str, str]
         if component == "unet":  # where save_folder writes it
             metadata = {key: value for key, value in about.items() if key != "format"}
     return tensors, metadata, read_marks(path)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises UserError if a tokenizer gives words other numbers than CLIP's: then the prompt would
+    be another."""
+    file = next((folder / name for name in ("vocab.json", "tokenizer.json")
+                 if (folder / name).is_file()), None)
+    if file is None:
+        return
+    found = read_json(file)
+    if file.name == "tokenizer.json":
+        model = found.get("model")
+        found = model.get("vocab") if isinstance(model, dict) else None
+    if found != load_bpe().get_vocab():
+        raise UserError(f"{file} has other words than CLIP's, which is not supported: give a model "
+                        "with the tokenizer of CLIP")
 
 
 def open_weights(file: Path) -> tuple[Tensors, dict[str, str]]:

@@ -1,6 +1,7 @@
 """Writes diffusers folders, which diffusers' from_pretrained opens."""
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from clip import CLIPTextConfig, load_bpe
 from extras.diffusers_folder import SCHEDULERS
 from extras.diffusers_names import check_diffusers_has, drop_unused_layers, names_in_folder
 from extras.files import atomic_write, save_tensors
+from extras.memory import building
 from sd import Preset, StableDiffusion, UserError
 
 
@@ -19,7 +21,7 @@ def save_folder(sd: StableDiffusion, path: Path, dtype: torch.dtype,
     weights. Raises UserError if it cannot be written, or diffusers has no such model."""
     pipeline = pipeline_class(sd.preset)
     preset = drop_unused_layers(sd.preset)
-    with torch.device("meta"):
+    with building():
         smaller = StableDiffusion(preset)
     tensors = sd.state_dict()
     folder_tensors = {file_name: to_folder_layout(file_name, tensors[name])
@@ -162,13 +164,19 @@ def text_encoder_config(cfg: CLIPTextConfig, encoder: str) -> dict:
 
 
 def tokenizer_files(cfg: CLIPTextConfig) -> dict[str, dict | str]:
+    vocab, merges = vocab_and_merges()
+    return {
+        "vocab.json": vocab,
+        "merges.txt": merges,
+        "tokenizer_config.json": dict(
+            tokenizer_class="CLIPTokenizer", model_max_length=cfg.max_position_embeddings,
+            pad_token=load_bpe().id_to_token(cfg.pad)),
+    }
+
+
+@cache
+def vocab_and_merges() -> tuple[dict[str, int], str]:
     bpe = load_bpe()
     vocab = dict(sorted(bpe.get_vocab().items(), key=lambda item: item[1]))  # it has no order
     merges = json.loads(bpe.to_str())["model"]["merges"]
-    return {
-        "vocab.json": vocab,
-        "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges),
-        "tokenizer_config.json": dict(
-            tokenizer_class="CLIPTokenizer", model_max_length=cfg.max_position_embeddings,
-            pad_token=bpe.id_to_token(cfg.pad)),
-    }
+    return vocab, "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)

@@ -473,7 +473,11 @@ def is_known(module: nn.Module) -> bool:
     `capture` of cross-attention always gets the whole batch: its keys have all rows.
     """
     captured = type(module) is FastSelfAttention and module.capture is not None
-    return type(module) in known_classes() and not has_hooks(module) and not captured
+    known = type(module) in known_classes() or type(module) in ALIKE
+    return known and not has_hooks(module) and not captured
+
+
+ALIKE: set[type] = set()  # further classes that treat all rows alike: int8.py adds its own
 
 
 @cache

@@ -349,6 +349,8 @@ def read_image(path: str | Path | BinaryIO) -> Image.Image:
     """A picture as RGBA, turned as its EXIF data says. Raises UserError if it cannot be read."""
     try:
         image = open_image(path)
+        if image.format == "TIFF":
+            image.filename = ""     # Pillow maps it into memory by its size once it is turned
         turned = ImageOps.exif_transpose(image)
         if turned.mode.startswith(("I", "F")):
             turned = with_8_bits(turned, image.format)

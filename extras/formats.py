@@ -34,6 +34,7 @@ from extras.files import (
     save_tensors,
 )
 from extras.hub import resolve_checkpoint, resolve_component
+from extras.memory import building
 from extras.openclip import official_state_dict
 from extras.prediction import marks_in_file, settle_prediction
 from extras.renames import UNET, VAE, standard_names
@@ -65,7 +66,7 @@ def load_model(cls: type[StableDiffusion], path: str | Path, device: str, dtype:
         found_vae, preset = open_vae(vae, preset, half)
     size = [tensor for name, tensor in opened.tensors.items() if "model_ema." not in name]
     with loading(dict(enumerate(size)), device, dtype) if fast else nullcontext(Tensor.to) as to:
-        with torch.device("meta"):
+        with building():
             sd = cls(preset)
         sd.metadata = opened.metadata
         without = () if vae is None else (VAE,)
@@ -93,7 +94,7 @@ def open_checkpoint(path: str | Path, preset: Preset | str | None = None,
     Raises UserError if it is missing, damaged, or no model of PRESETS.
     """
     opened = open_model(path, preset, prediction_type, dtype == torch.float16)
-    with torch.device("meta"):
+    with building():
         sd = StableDiffusion(opened.preset)
     tensors = take_components(opened.path, opened.tensors, sd, strict)
     return tensors, opened.preset, opened.metadata

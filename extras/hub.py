@@ -4,7 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
-from extras.diffusers_folder import COMPONENTS, CONFIG_FILES, TEXT_CONFIG_FILES, weights_file
+from extras.diffusers_folder import (
+    COMPONENTS,
+    CONFIG_FILES,
+    TEXT_CONFIG_FILES,
+    VOCABULARIES,
+    weights_file,
+)
 from sd import UserError
 
 WEB = re.compile(r"https?://")
@@ -153,7 +159,7 @@ def allow_patterns(files: set[str], half: bool) -> list[str]:
             chosen.append(file)
         if file is not None and file.endswith(".json"):
             chosen += shards_of(file, files)
-    configs = [file for file in TEXT_CONFIG_FILES if file in files]
+    configs = [file for file in (*TEXT_CONFIG_FILES, *VOCABULARIES) if file in files]
     return ["model_index.json", *CONFIG_FILES, *configs, *chosen]
 
 

@@ -19,7 +19,7 @@ from extras.checks import shown
 from extras.diffusers_names import diffusers_name
 from extras.files import Tensors, atomic_write, open_tensors, read_json, save_tensors
 from extras.lora_names import Sorted, other_family, sort_tensors
-from extras.lycoris import BIASES, changed_weight, factor, kind_of
+from extras.lycoris import BIASES, changed_weight, factor, kind_of, whole_lokr
 from extras.textual_inversion import add_words
 from model import UNetModel
 from sd import StableDiffusion, UserError
@@ -112,9 +112,14 @@ def apply_lora(sd: StableDiffusion, path: str | Path, scale: float = 1.0,
             misfits.append((name, reason))
     check_family(path, list(fitting), misfits)
     add_bundled(sd, path, words)
-    for name, roles in fitting.items():
-        of_text = text_scale is not None and name.startswith("text_")
-        apply_change(found[name], roles, changes[name], text_scale if of_text else scale)
+    scales = dict.fromkeys(fitting, scale)
+    if text_scale is not None:
+        scales |= {name: text_scale for name in fitting if name.startswith("text_")}
+    changed = [apply_change(found[name], roles, changes[name], scales[name])
+               for name, roles in fitting.items()]
+    if any(scales.values()) and not any(changed):
+        warnings.warn(f"{path.name} changes nothing: its numbers are 0, or too small beside the "
+                      f"model's in {sd.dtype}", stacklevel=2)
     if misfits:
         name, reason = misfits[0]
         warnings.warn(f"{path.name}: {len(misfits)} of {len(changes)} layers do not fit this model "
@@ -148,9 +153,11 @@ def why_not(layer: nn.Module | Projection | None, name: str, change: Change) -> 
         roles["on_input"] = change.tensors["on_input"].read()
     try:
         changed_weight(roles, weight, change.alpha, change.rslora, 1.0)
-    except UserError:
-        theirs = size_of(change.tensors) or "of another shape "
-        return f"it is {theirs}there and {len(weight)}x{weight[0].numel()} here"
+    except UserError as error:
+        theirs, ours = size_of(change.tensors), f"{len(weight)}x{weight[0].numel()} "
+        if theirs == ours:
+            return f"its {', '.join(sorted(roles))} do not fit together: {error}"
+        return f"it is {theirs or 'of another shape '}there and {ours}here"
     biases = [roles[role] for role in BIASES & roles.keys()]
     if any(bias.numel() != layer.bias.numel() for bias in biases):
         return "its bias has another length"
@@ -184,7 +191,12 @@ def read_all(path: Path, name: str, tensors: Tensors) -> dict[str, Tensor]:
     """The tensors of a layer in fp32. Raises UserError for NaN and infinity."""
     roles = {}
     for role, tensor in tensors.items():
-        roles[role] = tensor.read().float()
+        found = tensor.read()
+        if not found.is_floating_point() and role not in ("alpha", "on_input"):
+            kind = str(found.dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds {name}, {role} in numbers of the type {kind}, perhaps "
+                            "quantized, which is not supported: give it in fp16, bf16 or fp32")
+        roles[role] = found.float()
         if not roles[role].isfinite().all():
             raise UserError(f"{path} is damaged: there is NaN or infinity in {name}, {role}: "
                             "download it again or ask for another")
@@ -192,7 +204,8 @@ def read_all(path: Path, name: str, tensors: Tensors) -> dict[str, Tensor]:
 
 
 def apply_change(layer: nn.Module | Projection, roles: dict[str, Tensor], change: Change,
-                 scale: float) -> None:
+                 scale: float) -> bool:
+    """Returns whether the layer is another then."""
     old = layer.weight
     roles = {role: tensor.to(old.device) for role, tensor in roles.items()}
     weight = changed_weight(roles, old, change.alpha, change.rslora, scale).to(old.dtype)
@@ -203,6 +216,7 @@ def apply_change(layer: nn.Module | Projection, roles: dict[str, Tensor], change
     for role in BIASES & roles.keys():
         bias = changed_bias(role, roles, layer.bias.float(), change, scale)
         layer.bias = nn.Parameter(bias.to(layer.bias.dtype), requires_grad=False)
+    return bool(BIASES & roles.keys()) or not torch.equal(weight, old)
 
 
 def changed_bias(role: str, roles: dict[str, Tensor], bias: Tensor, change: Change,
@@ -251,14 +265,17 @@ def open_file(path: Path) -> tuple[dict[str, Change], dict[str, Tensors]]:
 
 def check_known(path: Path, found: Sorted) -> None:
     """Raises UserError for tensors of no known kind: without them the picture would be another."""
+    if found.twice:
+        raise UserError(f"{path} holds {found.twice[0]} twice, under two names: ask for it in the "
+                        "names of one program")
     if not found.unknown:
         return
-    first = found.unknown[0]
+    first, more = found.unknown[0], len(found.unknown) - 1
     if not found.layers:
         hint = ": a whole model is given as --ckpt" if len(found.unknown) > 400 else ""
         raise UserError(f"{path} is no LoRA: it holds {first}{hint}")
-    raise UserError(f"{path} holds {first} and {len(found.unknown) - 1} more that are no LoRA, "
-                    "LoHa, LoKr, DoRA, IA3 or difference of weights: ask for it in one of these")
+    raise UserError(f"{path} holds {first}{f' and {more} more' if more else ''}, no LoRA, LoHa, "
+                    "LoKr, DoRA, IA3 or difference of weights: ask for it in one of these")
 
 
 def check_settings(path: Path, about: dict) -> None:
@@ -285,17 +302,14 @@ def alpha_of(path: Path, layer: str, part: Tensors, about: dict,
 
     Raises UserError if it is no number.
     """
+    if whole_lokr(part.keys()):
+        return None if "alpha" in part else scale_of_peft(path, layer, about)
     if "alpha" in part:
         return one_number(path, layer, part["alpha"])
-    patterns = setting(about, layer, "alpha_pattern")
     found = setting(about, layer, "lora_alpha")
     if found is None:
         found = about.get("alpha")      # peft's LoHa and LoKr
-    for key, value in (patterns if isinstance(patterns, dict) else {}).items():
-        if not re.fullmatch(r"[\w.]+", key):
-            raise UserError(f"{path}: {key!r} in alpha_pattern is no plain name of a layer")
-        if f"_{layer}".endswith("_" + key.replace(".", "_")):
-            found = value
+    found = by_pattern(path, layer, about, "alpha_pattern", found)
     if found is None:
         try:
             return float(metadata["ss_network_alpha"])  # kohya's: it also writes "None"
@@ -304,12 +318,35 @@ def alpha_of(path: Path, layer: str, part: Tensors, about: dict,
     return number(path, "alpha", found)
 
 
+def scale_of_peft(path: Path, layer: str, about: dict) -> float | None:
+    """alpha / rank, by which peft also scales a LoKr without a rank; LyCORIS does not."""
+    alpha, rank = (by_pattern(path, layer, about, f"{name}_pattern", setting(about, layer, key))
+                   for name, key in (("alpha", "alpha"), ("rank", "r")))
+    if alpha is None or rank is None:
+        return None
+    return number(path, "alpha", alpha) / max(1.0, number(path, "r", rank))
+
+
+def by_pattern(path: Path, layer: str, about: dict, name: str, usual: object) -> object:
+    """A setting of peft for a layer, where `name` lists layers with values of their own.
+
+    Raises UserError for patterns that are no plain names.
+    """
+    patterns, found = setting(about, layer, name), usual
+    for key, value in (patterns if isinstance(patterns, dict) else {}).items():
+        if not re.fullmatch(r"[\w.]+", key):
+            raise UserError(f"{path}: {key!r} in {name} is no plain name of a layer")
+        if f"_{layer}".endswith("_" + key.replace(".", "_")):
+            found = value
+    return found
+
+
 def one_number(path: Path, layer: str, tensor) -> float:
     """The number in a tensor of any shape, if all in it are equal."""
     if not 1 <= tensor.shape.numel() <= 2**16:
         raise UserError(f"{path} is damaged: the alpha of {layer} is no number")
     values = tensor.read().double().flatten()
-    if not (values == values[0]).all():
+    if not (values == values[0]).all() and values.isfinite().all():
         raise UserError(f"{path}: the alpha of {layer} is {len(values)} numbers, not one")
     return number(path, f"the alpha of {layer}", values[0].item())
 

@@ -48,13 +48,14 @@ class Sorted(NamedTuple):
     layers: dict[str, Tensors]      # layer -> role -> tensor
     words: dict[str, Tensors]       # learned word -> key -> vectors
     unknown: list[str]              # names that are none of these
+    twice: list[str]                # names of what another name has given already
 
 
 def sort_tensors(tensors: Tensors) -> Sorted:
     """The tensors of a LoRA file by layer, as in `lora.layers`, and role, as in lycoris.py."""
     layers: dict[str, Tensors] = {}
     words: dict[str, Tensors] = {}
-    unknown = []
+    unknown, twice = [], []
     for name, tensor in tensors.items():
         if name.startswith(BUNDLED):
             word, _, key = name.removeprefix(BUNDLED).removesuffix(".*").rpartition(".")
@@ -64,8 +65,11 @@ def sort_tensors(tensors: Tensors) -> Sorted:
         if found is None or (found[1] == "weight" and f"{found[0]}.on_input" not in tensors):
             unknown.append(name)
         else:
-            layers.setdefault(layer_name(found[0]), {})[found[1]] = tensor
-    return Sorted(layers, words, unknown)
+            layer = layers.setdefault(layer_name(found[0]), {})
+            if found[1] in layer:
+                twice.append(name)
+            layer[found[1]] = tensor
+    return Sorted(layers, words, unknown, twice)
 
 
 def split(name: str) -> tuple[str, str] | None:

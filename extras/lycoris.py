@@ -47,6 +47,11 @@ def lokr_has(names: set[str], part: str) -> bool:
     return part in names or {f"{part}_a", f"{part}_b"} <= names
 
 
+def whole_lokr(names: set[str]) -> bool:
+    """Both matrices are whole, so there is no rank: `alpha` is the factor."""
+    return {"lokr_w1", "lokr_w2"} <= names
+
+
 @torch.no_grad()
 def changed_weight(roles: Roles, weight: Tensor, alpha: float | None, rslora: bool,
                    scale: float) -> Tensor:
@@ -74,8 +79,7 @@ def weight_change(roles: Roles, weight: Tensor, alpha: float | None, rslora: boo
         return loha(roles) * factor(alpha, len(roles["hada_w1_b"]), rslora)
     if lokr_has(roles.keys(), "lokr_w1"):
         factored = [roles[name] for name in ("lokr_w2_b", "lokr_w1_b") if name in roles]
-        change = lokr(roles)
-        return change * factor(alpha, len(factored[0]), rslora) if factored else change
+        return lokr(roles) * factor(alpha, len(factored[0]) if factored else 1, rslora)
     if "on_input" in roles:
         along = [1, -1] if bool(roles["on_input"]) else [-1, 1]
         return weight * roles["weight"].reshape(along + [1] * (weight.ndim - 2))

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 AMX = torch.cpu.get_capabilities().get("amx_bf16", False)  # Intel's unit for matrices
 PIECE = 2**18                                              # numbers that fit a CPU's cache
@@ -56,6 +56,25 @@ def layout(device: str | torch.device, dtype: torch.dtype,
     if AMX and is_unet and on_cpu and dtype == torch.float32:
         return torch.contiguous_format
     return torch.channels_last
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Within, modules are built on the meta device, for the names and shapes of their weights.
+
+    There PyTorch goes through the motions of drawing random numbers too, in more than half of the
+    time that it takes to build SD 1.x.
+    """
+    kinds = nn.Linear, nn.Embedding, nn.modules.conv._ConvNd
+    kept = [kind.reset_parameters for kind in kinds]
+    for kind in kinds:
+        kind.reset_parameters = lambda module: None
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        for kind, reset_parameters in zip(kinds, kept):
+            kind.reset_parameters = reset_parameters
 
 
 @contextmanager

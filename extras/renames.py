@@ -8,9 +8,8 @@ import re
 import warnings
 from collections.abc import Iterable
 
-import torch
-
 import sd as core  # for PRESETS as they are now
+from extras.memory import building
 from sd import LazyTensor
 
 Tensors = dict[str, LazyTensor]
@@ -35,7 +34,7 @@ RENAMES = [  # pattern, replacement; applied in this order
     # text encoders: A1111, ComfyUI, OneTrainer and others
     (r"^cond_stage_model\.(?:wrapped|clip_[lh])\.", "cond_stage_model."),
     (r"token_embedding\.wrapped\.weight$", "token_embedding.weight"),
-    (r"^(?:text_encoders\.)?clip_[lh]\.transformer\.", "cond_stage_model.transformer."),
+    (r"^(?:text_encoders\.)?clip_[lh]\.transformer\.", "conditioner.embedders.0.transformer."),
     (r"^(?:text_encoders\.)?clip_g\.transformer\.", "conditioner.embedders.1.transformer."),
     (r"^(?:te1?|text_encoder(?:_1)?)[./](?=text_|embeddings|encoder|final_)", "text_encoder/"),
     (r"^(?:te2|text_encoder_2)[./](?=text_|embeddings|encoder|final_)", "text_encoder_2/"),
@@ -118,7 +117,7 @@ def from_ema(tensors: Tensors) -> Tensors:
     dotted = {}
     for preset in core.PRESETS.values():
         if isinstance(preset.unet, core.UNetConfig):
-            with torch.device("meta"):
+            with building():
                 names = list(core.make_network(preset.unet).state_dict())
             for name in names:
                 dotted["model_ema.diffusion_model" + name.replace(".", "")] = UNET + name

@@ -228,7 +228,7 @@ def spacing_name(name: str) -> str:
 
 def sampler_and_spacing(name: str) -> tuple[str, str | None]:
     """"DPM++ 2M Karras", as A1111 had it before 1.9, -> dpmpp_2m and karras; else no spacing."""
-    start, _, last = name.strip().rpartition(" ")
-    if start and last.lower() in ("karras", "exponential"):
-        return sampler_name(start), last.lower()
+    match = re.fullmatch(r"(.*\S) (Karras|Exponential|SGM ?Uniform|Beta)", name.strip(), re.I)
+    if match:
+        return sampler_name(match[1]), spacing_name(match[2])
     return sampler_name(name), None

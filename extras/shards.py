@@ -37,6 +37,10 @@ from sd import UserError
 
 MAX_BYTES = 2**28    # of a file in a shard
 MAX_SKIPPED = 2**34  # of a file that is skipped: to skip what is not there takes time too
+MAX_BEHIND = 2**26   # bytes that a command prints behind the end of its archive
+MAX_FILES = 1000     # of one name
+MAX_USELESS = 100_000   # files, or samples, in a row of which nothing can be used
+KINDS = (*PICTURES, "txt", "caption", "json")
 
 
 @dataclass
@@ -98,6 +102,7 @@ class Shards(IterableDataset):
         reader, readers = self.rank * workers + worker, self.world * workers
         position = self.positions.get(worker, Position())
         stream = self.read(reader, readers, position)
+        self.useless = 0
         whole = position.count == 0     # whether the first epoch is read from its beginning
         for _, epoch in itertools.groupby(stream, key=lambda item: item.epoch):
             self.used, self.error = 0, ""
@@ -132,8 +137,12 @@ class Shards(IterableDataset):
             loaded = load_or_error(sample, self.bucket_sizes, self.captioned)
             if isinstance(loaded, str):
                 skipped, self.error = skipped + 1, loaded
+                self.useless += 1
+                if self.useless >= MAX_USELESS:
+                    raise UserError(f"{self.useless} samples in a row cannot be used; the last: "
+                                    f"{loaded}")
                 continue
-            self.used += 1
+            self.used, self.useless = self.used + 1, 0
             size = tuple(loaded.size[4:])
             waiting.setdefault(size, []).append((index, sample, loaded))
             if len(waiting[size]) == self.batch:
@@ -206,8 +215,11 @@ def open_stream(url: str) -> Iterator[BinaryIO]:
                               start_new_session=alone) as process:
             try:
                 yield process.stdout
-                while process.stdout.read(1 << 16):  # a command fails if its pipe is closed early
-                    pass
+                behind = 0      # a command fails if its pipe is closed early
+                while found := process.stdout.read(1 << 16):
+                    behind += len(found)
+                    if behind > MAX_BEHIND:
+                        raise OSError("the command prints on behind the archive's end")
             except BaseException:  # else leaving would wait for a command that stands still
                 end_command(process, alone)
                 raise
@@ -249,7 +261,11 @@ def samples_in(url: str) -> Iterator[Sample]:
     with (open_stream(url) as stream,
           tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header, errors="replace") as tar):
         for name, group in itertools.groupby(members(tar), key=lambda member: member[0]):
-            files = {kind: content(tar, member) for _, kind, member in group}
+            files = {}
+            for number, (_, kind, member) in enumerate(group):
+                if number == MAX_FILES:
+                    raise tarfile.ReadError(f"more than {MAX_FILES} files are called {name}")
+                files[kind] = content(tar, member)
             picture = next((files[kind] for kind in PICTURES if kind in files), b"")
             yield Sample(f"{url}: {name}", picture, captions_in(files))
 
@@ -271,15 +287,22 @@ def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """The files of an archive: name up to the first dot, the rest of the name, the file."""
+    """The files of an archive that may be of use: name up to the first dot, the rest of the name,
+    the file."""
+    useless = 0
     while (member := tar.next()) is not None:
         tar.members.clear()  # else it keeps every member it has seen
+        useless += 1
+        if useless > MAX_USELESS:
+            raise tarfile.ReadError(f"{MAX_USELESS} files in a row are no pictures and captions")
         if member.size > MAX_SKIPPED:
             raise tarfile.ReadError(f"{member.name} is said to have {member.size} bytes")
         if member.isfile():
             folder, _, file = member.name.rpartition("/")
             name, _, kind = file.partition(".")
-            yield f"{folder}/{name}", kind.lower(), member
+            if kind.lower() in KINDS:
+                useless = 0
+                yield f"{folder}/{name}", kind.lower(), member
     if tar.fileobj.tell() < tar.offset + 512:
         raise EOFError("the archive has no end")
 

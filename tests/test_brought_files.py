@@ -87,6 +87,8 @@ NAMES = {  # case: (model, what is done to its tensors)
         state, CLIP, "cond_stage_model.wrapped.transformer.")),
     "ComfyUI's clip_l": ("sd1", lambda state: renamed(state, CLIP, "text_encoders.clip_l."
                                                       "transformer.")),
+    "ComfyUI's clip_l and clip_g": ("sdxl", lambda state: renamed(
+        state, "conditioner.embedders.0.", "text_encoders.clip_l.")),
     "vae.": ("sd1", lambda state: renamed(state, VAE, "vae.")),
     "to_q in the VAE": ("sd1", vae_of_later_diffusers),
     "torch.compile": ("sd1", lambda state: renamed(state, UNET, UNET + "_orig_mod.")),
@@ -139,6 +141,16 @@ def test_what_changes_the_model_is_refused(rows, tmp_path, extra, said):  # noqa
     rows("sd1")
     path = write(state_of("sd1") | {extra: torch.ones(3)}, tmp_path / "a.safetensors")
     assert_one_line(lambda: load(path), f"a.safetensors .*{said}")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_in_codes_are_refused(rows, tmp_path, dtype):  # noqa: F811
+    rows("sd1")
+    state = state_of("sd1")
+    state[UNET + "out.2.bias"] = state[UNET + "out.2.bias"].to(dtype)
+    path = write(state, tmp_path / "a.ckpt")
+    kind = str(dtype).removeprefix("torch.")
+    assert_one_line(lambda: load(path), f"out.2.bias holds numbers of the type {kind}, perhaps")
 
 
 def test_layers_that_are_never_used_may_be_missing(rows, tmp_path):  # noqa: F811
@@ -341,6 +353,25 @@ def test_configs_are_followed(rows, tmp_path):  # noqa: F811
     reference = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").config
     assert (preset.beta_start, preset.beta_end, preset.beta_schedule) \
         == (reference.beta_start, reference.beta_end, reference.beta_schedule)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
+def test_other_words_than_those_of_clip_are_refused(rows, tmp_path, name):  # noqa: F811
+    rows("sd1")
+    folder = their_folder("sd1", tmp_path / "f")
+    words = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+
+    def write_words() -> None:
+        content = words if name == "vocab.json" else {"model": {"vocab": words}}
+        (folder / "tokenizer" / name).write_text(json.dumps(content))
+
+    write_words()
+    assert load(folder).preset == load(their_folder("sd1", tmp_path / "g")).preset
+    words["cat</w>"], words["dog</w>"] = words["dog</w>"], words["cat</w>"]
+    write_words()
+    assert_one_line(lambda: load(folder), f"{name} has other words than CLIP's")
+    change_json(folder / INDEX, tokenizer=["transformers", "BertTokenizer"])
+    assert_one_line(lambda: load(folder), "model_index.json has the tokenizer BertTokenizer")
 
 
 @pytest.mark.parametrize("zeros", [True, False])

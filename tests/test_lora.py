@@ -363,8 +363,11 @@ def shaped(shapes: dict) -> dict:
     (GOOD | {f"{LAYER}.hada_w1_a": (2, 32)}, "damaged: of unet_.*LoHa it holds only hada_w1_a"),
     (GOOD | {f"{LAYER}.lokr_w1": (2, 32)}, "damaged: of unet_.*LoKr it holds only lokr_w1"),
     (GOOD | {f"{LAYER}.dora_scale": (1, 32)}, "damaged: of unet_.* it holds only dora_scale"),
-    (GOOD | {f"{LAYER}.oft_blocks": (1, 32)}, "holds .*oft_blocks and 0 more that are no LoRA"),
-    (GOOD | {f"{LAYER}.weight": (32, 32)}, "holds .*to_q.weight and 0 more"),
+    (GOOD | {f"{LAYER}.oft_blocks": (1, 32)}, "holds .*oft_blocks, no LoRA, LoHa"),
+    (GOOD | {f"{LAYER}.weight": (32, 32)}, "holds .*to_q.weight, no LoRA"),
+    (GOOD | {f"{LAYER}.oft_blocks": (1, 32), f"{TO_K}k.oft_blocks": (1, 32)}, "and 1 more, no L"),
+    (GOOD | {DOWN: (2, 32), UP: (32, 2), f"{LAYER.replace('lora_', 'lycoris_')}.lora_up.weight":
+             (32, 2)}, "holds lycoris_.*lora_up.weight twice, under two names"),
     ({"model.diffusion_model.out.2.weight": (4, 4)}, "is no LoRA: it holds model.diffusion"),
     ({}, "holds no tensors"),
 ])
@@ -586,7 +589,7 @@ def test_weights_are_those_of_lycoris(kind, options, number):
         role = lora_names.split(f"x.{name}")[1]
         tensors[role] = tensor.detach().clone()
     alpha = tensors.pop("alpha", None)
-    alpha = None if alpha is None else float(alpha)
+    alpha = None if alpha is None or lycoris.whole_lokr(tensors.keys()) else float(alpha)
     if kind in (LohaModule, LokrModule):    # their get_merged_weight has alpha / rank twice
         expected = layer.weight + theirs.get_weight(layer.weight.shape)
         if theirs.wd:
@@ -619,7 +622,9 @@ def test_other_kinds_of_peft_draw_what_peft_draws(settings, tmp_path):
 
 @pytest.mark.parametrize("config", [
     peft.LoHaConfig(r=4, alpha=24, target_modules=ATTENTION, init_weights=False),
-    peft.LoKrConfig(r=2, alpha=6, target_modules=ATTENTION, init_weights=False)])
+    peft.LoKrConfig(r=2, alpha=6, target_modules=ATTENTION, init_weights=False),
+    peft.LoKrConfig(r=64, alpha=96, target_modules=ATTENTION, init_weights=False,
+                    rank_pattern={"to_k": 96})])    # both matrices whole: peft scales them too
 def test_loha_and_lokr_of_peft(config, tmp_path):
     sd, pipe = copies("sd1")
     peft.get_peft_model(pipe.unet, config).save_pretrained(tmp_path)
@@ -627,6 +632,44 @@ def test_loha_and_lokr_of_peft(config, tmp_path):
     apply_lora(sd, tmp_path)
     assert_changed(sd, before)
     assert_agree(picture(sd), picture_by_diffusers(pipe), 80)
+
+
+@pytest.mark.parametrize("up, alpha, said", [
+    (torch.ones(32, 2, dtype=torch.int8), 1.0, "up in numbers of the type int8, perhaps quantized"),
+    (torch.ones(32, 2), float("nan"), "the alpha of unet_.* is nan, no number")])
+def test_numbers_that_are_none_are_refused(up, alpha, said, tmp_path):
+    state = shaped({DOWN: (2, 32)}) | {UP: up, f"{LAYER}.alpha": torch.tensor(alpha)}
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=said):
+        apply_lora(copy_model("sd1"), tmp_path / "x.safetensors")
+
+
+def test_what_changes_nothing_is_told(tmp_path):
+    """Never trained, alpha 0, or lost in the rounding."""
+    sd = copy_model("sd1")
+    for state in ({UP: torch.zeros(32, 2)}, {f"{LAYER}.alpha": torch.tensor(0.0)},
+                  {UP: torch.full((32, 2), 1e-12)}):
+        save_file(shaped({DOWN: (2, 32), UP: (32, 2)}) | state, tmp_path / "x.safetensors")
+        with pytest.warns(UserWarning, match="x.safetensors changes nothing: its numbers are 0"):
+            apply_lora(sd, tmp_path / "x.safetensors")
+
+
+def test_whole_lokr_of_lycoris_and_matrices_that_do_not_fit(tmp_path, recwarn):
+    """LyCORIS writes an alpha beside whole matrices, and it counts for nothing."""
+    wanted, whole = copy_model("sd1"), {f"{LAYER}.lokr_w1": (2, 2), f"{LAYER}.lokr_w2": (16, 16)}
+    state = shaped(whole)
+    weight = layers(wanted)[lora_names.layer_name(LAYER)].weight
+    weight.data += torch.kron(state[f"{LAYER}.lokr_w1"], state[f"{LAYER}.lokr_w2"])
+    save_file(state | {f"{LAYER}.alpha": torch.tensor(7.0)}, tmp_path / "x.safetensors")
+    sd = copy_model("sd1")
+    apply_lora(sd, tmp_path / "x.safetensors")
+    found = layers(sd)[lora_names.layer_name(LAYER)].weight
+    assert torch.allclose(found, weight) and not recwarn.list
+    bad = f"{LAYER[:-4]}to_k"
+    save_file(state | shaped({f"{bad}.lora_down.weight": (2, 32), f"{bad}.lora_up.weight": (32, 2),
+                              f"{bad}.lora_mid.weight": (3, 3)}), tmp_path / "y.safetensors")
+    with pytest.warns(UserWarning, match="1 of 2 layers .* its down, mid, up do not fit together"):
+        apply_lora(copy_model("sd1"), tmp_path / "y.safetensors")
 
 
 @pytest.mark.parametrize("about", [

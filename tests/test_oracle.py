@@ -164,6 +164,7 @@ def test_vae(case):
     assert_near(vae.decode(z * vae.config.scale_factor), wanted["vae_decoded"], 1e-5)
 
 
+@pytest.mark.parametrize("case", VERSIONS[1:], ids="-".join, indirect=True)
 def test_ddim(case):
     """Four guided steps at the times 751, 501, 251, 1, and the picture."""
     sd = case.sd

@@ -50,6 +50,23 @@ def test_not_a_number_is_black(tmp_path):
     assert seen[0, 0] == 255 and seen.sum() == 255
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])
+def test_tiffs_are_turned(kind, compression, tmp_path):
+    """Of all eight orientations, as the same picture in a PNG."""
+    values = np.zeros((4, 8), np.uint8)
+    values[:, 0], values[0] = 255, 100
+    wide = values.astype(kind) * (1 if kind == np.uint8 else 257)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(values).save(tmp_path / "x.png", exif=exif)
+        Image.fromarray(wide).save(tmp_path / "x.tif", tiffinfo={0x0112: orientation},
+                                   compression=compression)
+        wanted, seen = (np.asarray(read_image(tmp_path / name)) for name in ("x.png", "x.tif"))
+        assert np.array_equal(seen, wanted)
+
+
 def test_picture_of_16_bits_is_turned(tmp_path):
     values = np.zeros((4, 8), np.uint16)
     values[:, 0] = 65535

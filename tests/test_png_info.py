@@ -292,6 +292,40 @@ def test_comfyui(tmp_path):
     assert (found["sampler"], found["timestep_spacing"]) == ("dpmpp_2m_sde", "karras")
 
 
+def test_comfyui_beside_the_path_of_the_sampler(tmp_path):
+    """Its names are ours, and all that changes the picture is told."""
+    def notes(nodes: dict, **changes) -> str:
+        path = comfyui_png(tmp_path / "x.png", **{"scheduler": "karras"} | changes)
+        graph = json.loads(Image.open(path).text["prompt"]) | {
+            number: {"class_type": kind, "inputs": inputs}
+            for number, (kind, inputs) in nodes.items()}
+        info = PngImagePlugin.PngInfo()
+        info.add_text("prompt", json.dumps(graph))
+        Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+        with pytest.warns(UserWarning) as said:
+            read_params(path)
+        return "\n".join(str(one.message) for one in said)
+
+    end = {"8": ("VAEDecode", {"samples": ["3", 0], "vae": ["4", 2]}),
+           "99": ("SaveImage", {"images": ["8", 0]})}
+    assert "the model 'v1-5.safetensors' is not taken" in notes(end)
+    assert "nodes that are not" not in notes(end) and "UNet and text" in notes(end)
+    assert "nodes that are not followed: ImageUpscaleWithModel" in notes(
+        end | {"20": ("ImageUpscaleWithModel", {"image": ["8", 0]})})
+    assert "only the last 0.5 of the noise" in notes(end, denoise=0.5)
+    assert "ended at an earlier step" in notes(end, end_at_step=1)
+    assert "added no noise" in notes(end, add_noise="disable")
+    assert "UniPC has another order" in notes(end, sampler_name="uni_pc")
+    texts = {"6": ("CLIPTextEncode", {"text": "a", "clip": ["20", 0]}),
+             "20": ("CLIPLoader", {"clip_name": "c.safetensors"})}
+    assert "CLIPLoader changes the text encoder" in notes(end | texts)
+    assert "read by different text encoders" in notes(end | texts)
+    vae = {"8": ("VAEDecode", {"samples": ["3", 0], "vae": ["21", 0]}),
+           "21": ("VAELoader", {"vae_name": "v.pt"})}
+    notes(end | vae)
+    assert read_params(tmp_path / "x.png")["vae"] == "v.pt"
+
+
 @pytest.mark.parametrize("changes, said", [
     ({"positive": ["4", 1]}, "node CheckpointLoaderSimple between prompt and sampler"),
     ({"positive": ["99", 0]}, "not whole"), ({"positive": None}, "not whole"),
@@ -381,7 +415,9 @@ def test_thirty_damaged_and_odd_texts_end_in_a_line(tmp_path):
 def test_names_of_samplers(name, ours):
     assert samplers.sampler_name(name) == ours
     assert samplers.sampler_and_spacing(name) == (ours, None)
-    assert samplers.sampler_and_spacing(f"{name} Karras") == (ours, "karras")
+    for theirs, spacing in (("Karras", "karras"), ("SGM Uniform", "sgm_uniform"),
+                            ("exponential", "exponential"), ("Beta", "beta")):
+        assert samplers.sampler_and_spacing(f"{name} {theirs}") == (ours, spacing)
 
 
 def test_our_names_of_samplers_are_kept():

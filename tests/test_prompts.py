@@ -167,6 +167,9 @@ def test_weights_near_1_turn_and_blow_up_nothing(name):
     ("(red:1,3)", "number such as"), ("(cat:1e1)", "number such as"),
     ("(a:1.2.3)", "number such as"),
     ("(time 12:30)", "a weight here"), ("(3:2)", "a weight here"), ("(cat:999)", "a weight here"),
+    ("${x=a} b", "a variable"), ("a cat --ar 16:9", "Midjourney"), ("a::2 b", "Midjourney"),
+    ("a (red:1.3", "no ) behind"), ("a (red:.5, big dog)", "no ) behind"),
+    ("(red:-1)", "below 0"), ("(red: -.5 )", "below 0"),
     ("<hypernet:x:1>", "not supported and left out")])
 def test_what_is_not_supported_is_told_in_one_line(prompt, said, sd):
     line, = prompts.unsupported(prompt)

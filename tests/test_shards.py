@@ -12,6 +12,7 @@ import torch
 
 from extras import shards as shards_module
 from extras.shards import Shards
+from sd import UserError
 from tests.training import ROOT, SQUARE, numbered_picture, shards, write_tar  # noqa: F401
 
 
@@ -172,6 +173,39 @@ def test_shards_come_from_urls(tmp_path, capfd):
     assert sorted(asked[:4]) == [f"/{i}.tar" for i in range(4)]
 
 
+ENDLESS = """
+import io, itertools, sys, tarfile
+kind = sys.argv[1]
+try:
+    with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
+        for i in itertools.count() if kind != "zeros" else range(1):
+            name = {"same": "x.png", "others": f"{i}.cls"}.get(kind, f"{i}.png")
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE if kind == "folders" else tarfile.REGTYPE
+            tar.addfile(member)
+            tar.members.clear()
+    while True:
+        sys.stdout.buffer.write(bytes(1 << 16))
+except BrokenPipeError:
+    pass
+"""
+
+
+@pytest.mark.parametrize("kind, said", [
+    ("damaged", "20 samples in a row cannot be used; the last: .*no caption"),
+    ("folders", "no samples in 1 shards"), ("others", "no samples in 1 shards"),
+    ("same", "no samples in 1 shards"), ("zeros", "no sample in 1 shards can be used")])
+def test_endless_stream_without_use_ends_in_a_line(kind, said, tmp_path, monkeypatch, capfd):
+    for name, value in dict(MAX_USELESS=20, MAX_FILES=20, MAX_BEHIND=2**17).items():
+        monkeypatch.setattr(shards_module, name, value)
+    (tmp_path / "make.py").write_text(ENDLESS)
+    reader = Shards([f"pipe:{sys.executable} {tmp_path}/make.py {kind} 2>&-"], [(8, 8)], 2, 0,
+                    shuffle=10)
+    with pytest.raises(UserError, match=said):
+        next(reader.batches({}, 0))
+    assert kind == "damaged" or "breaks off after" in capfd.readouterr().err
+
+
 def test_endless_stream_takes_no_memory(tmp_path):
     """Shards that a command makes while they are read, by 4 processes of 2 workers.
 
@@ -220,6 +254,7 @@ READ = """
 import os, sys
 from pathlib import Path
 from extras.shards import Shards
+from sd import UserError
 
 def memory(pid):
     # not the clean pages: those of libraries count as private once the other processes ended

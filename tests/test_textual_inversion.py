@@ -14,7 +14,7 @@ from extras.textual_inversion import add_embedding, add_embeddings, add_word
 from sd import StableDiffusion, UserError
 from tests.command import run_cli
 from tests.common import assert_agree, our_picture, psnr, random_model, small, their_picture
-from tests.test_lora import NEGATIVE, SETTINGS, copies
+from tests.test_lora import NEGATIVE, SETTINGS, copies, copy_model
 from tests.training import tiny  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # diffusers'
@@ -32,6 +32,7 @@ def tokenizer_of(sd: StableDiffusion) -> Tokenizer:
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_learned_word_draws_what_diffusers_draws(vectors, tmp_path):
     sd, pipe = copies("sd1")
+    pipe.tokenizer = deepcopy(pipe.tokenizer)  # it gets a word
     learned = torch.randn(vectors, 32)
     file = tmp_path / "learned_embeds.bin"
     torch.save({"<my-cat>": learned if vectors > 1 else learned[0]}, file)
@@ -46,6 +47,7 @@ def test_learned_word_draws_what_diffusers_draws(vectors, tmp_path):
 def test_two_encoders_learn_each_their_own(tmp_path):
     """SDXL's files hold clip_l and clip_g, and the word is the file's name."""
     sd, pipe = copies("sdxl")
+    pipe.tokenizer, pipe.tokenizer_2 = deepcopy((pipe.tokenizer, pipe.tokenizer_2))
     state = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}
     save_file(state, tmp_path / "mycat.safetensors")
     assert add_embedding(sd, tmp_path / "mycat.safetensors") == ["mycat", "mycat"]
@@ -59,14 +61,14 @@ def test_two_encoders_learn_each_their_own(tmp_path):
 
 def test_the_word_in_the_metadata_counts(tmp_path):
     """train.py leaves out of the file's name what Windows does not take."""
-    sd, _ = copies("sdxl")
+    sd = copy_model("sdxl")
     state = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 48)}
     save_file(state, tmp_path / "cat-toy.safetensors", {"word": "<cat-toy>"})
     assert add_embedding(sd, tmp_path / "cat-toy.safetensors") == ["<cat-toy>", "<cat-toy>"]
 
 
 def test_a_learned_word_is_found_alone_only_and_not_in_others_tokenizers(tmp_path):
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     other = tokenizer_of(StableDiffusion(small("sd1")))
     # as A1111 writes it
     torch.save({"string_to_param": {"*": torch.randn(2, 32)}, "name": "zyxcat"},
@@ -93,7 +95,7 @@ def test_the_tokens_of_a_learned_word():
 
 def test_two_learned_words():
     """Each has its own rows, in the order in which they came."""
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     encoder, rows = sd.text_encoders[0], torch.randn(3, 32)
     add_word(encoder.tokenizer, "<one>", add_embeddings(encoder, rows[:2]))
     add_word(encoder.tokenizer, "<two>", add_embeddings(encoder, rows[2:]))
@@ -105,7 +107,7 @@ def test_two_learned_words():
 
 
 def test_learned_words_go_with_weights_and_long_prompts(tmp_path):
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     prompts.attach(sd)
     torch.save({"<my-cat>": torch.randn(2, 32)}, tmp_path / "w.bin")
     texts = ["a (<my-cat>:1.3) " + 80 * "photo "]
@@ -117,7 +119,7 @@ def test_learned_words_go_with_weights_and_long_prompts(tmp_path):
 
 def test_a_learned_word_is_not_in_a_saved_folder(tmp_path):
     """Whose token table has no row for it."""
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     torch.save({"<my-cat>": torch.randn(2, 32)}, tmp_path / "w.bin")
     add_embedding(sd, tmp_path / "w.bin")
     save(sd, tmp_path / "folder")
@@ -152,7 +154,7 @@ def test_pickles_with_a_parameter_dict_are_read(tmp_path):
               "string_to_param": nn.ParameterDict({"*": vectors})}
     file = tmp_path / "zyxcat.pt"
     torch.save(stored, file)
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     assert add_embedding(sd, file) == ["zyxcat"]
     table = sd.text_encoders[0].embeddings.token_embedding
     assert torch.equal(table(torch.tensor([49408, 49409])), vectors)
@@ -162,16 +164,16 @@ def test_pickles_with_a_parameter_dict_are_read(tmp_path):
 def test_names_of_encoders(keys, tmp_path):
     widths = {"text_encoders_0": 32, "clip_l": 32, "text_encoders_1": 48, "clip_g": 48}
     save_file({key: torch.randn(2, widths[key]) for key in keys}, tmp_path / "mycat.safetensors")
-    sd, _ = copies("sdxl")
+    sd = copy_model("sdxl")
     assert add_embedding(sd, tmp_path / "mycat.safetensors") == ["mycat", "mycat"]
     save_file({key: torch.randn(2, 80 - widths[key]) for key in keys}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="another family of models"):
-        add_embedding(copies("sdxl")[0], tmp_path / "x.safetensors")
+        add_embedding(copy_model("sdxl"), tmp_path / "x.safetensors")
 
 
 def test_a_word_is_found_in_any_case(tmp_path):
     save_file({"EasyNegative": torch.randn(1, 32)}, tmp_path / "x.safetensors")
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     add_embedding(sd, tmp_path / "x.safetensors")
     for prompt in ("a EasyNegative", "a easynegative", "A EASYNEGATIVE"):
         tokens = tokenizer_of(sd).tokenize(prompt)
@@ -200,14 +202,14 @@ def test_one_line_tells_the_words_and_whether_the_prompt_has_one(
 def test_vectors_that_are_none_are_refused(tensor, said, tmp_path):
     save_file({"<x>": tensor}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=said):
-        add_embedding(copies("sd1")[0], tmp_path / "x.safetensors")
+        add_embedding(copy_model("sd1"), tmp_path / "x.safetensors")
 
 
 
 def test_a_word_for_one_of_two_encoders_is_refused(tmp_path):
     """As one of SD 1.x is, whose width SDXL's first encoder has."""
     save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "zyxcat.safetensors")
-    sd, _ = copies("sdxl")
+    sd = copy_model("sdxl")
     said = "another family of models: it has vectors for 1 of 2 text encoders"
     with pytest.raises(UserError, match=said):
         add_embedding(sd, tmp_path / "zyxcat.safetensors")
@@ -224,7 +226,7 @@ def test_a_word_for_one_of_two_encoders_is_refused(tmp_path):
 def test_words_that_do_not_fit_are_refused(state, name, said, tmp_path):
     save_file(state, tmp_path / name)
     with pytest.raises(UserError, match=said):
-        add_embedding(copies("sd1")[0], tmp_path / name)
+        add_embedding(copy_model("sd1"), tmp_path / name)
 
 
 def test_other_text_encoders_are_refused(tmp_path):
@@ -232,7 +234,7 @@ def test_other_text_encoders_are_refused(tmp_path):
         pass
 
     save_file({"<x>": torch.ones(1, 32)}, tmp_path / "x.safetensors")
-    sd, _ = copies("sd1")
+    sd = copy_model("sd1")
     sd.text_encoders[0].tokenizer = OtherTokenizer()
     with pytest.raises(UserError, match="tokenizer of clip.py, and this model has OtherTokenizer"):
         add_embedding(sd, tmp_path / "x.safetensors")

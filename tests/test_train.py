@@ -66,12 +66,14 @@ def test_resumed_training_equals_uninterrupted(tiny, five, tmp_path, capsys, wha
     assert all(torch.equal(moved[name], again[name]) for name in moved)
 
 
-def test_one_batch_is_learned_by_heart(five, tmp_path, capsys):  # noqa: F811
+def test_one_batch_is_learned_by_heart(five, tmp_path, capsys, monkeypatch):  # noqa: F811
     """A random UNet on the built-in VAE and five discs.
 
     The loss falls from over 1 to about 0.25, and the words then choose the color.
     """
-    out = trained(capsys, "--data", five, "--out", tmp_path / "o", "--init", "emoji",
+    unet = replace(PRESETS["emoji"].unet, model_channels=64, num_heads=(2, 4))
+    monkeypatch.setitem(PRESETS, "narrow", replace(PRESETS["emoji"], unet=unet))
+    out = trained(capsys, "--data", five, "--out", tmp_path / "o", "--init", "narrow",
                   "--steps", 150, "--batch", 5, "--lr", 2e-3, "--log-every", 10, "--tokens", 16,
                   "--time-shift", 3, "--caption-dropout", 0, "--ema", 0.9, "--device", "cpu")
     torch.set_num_threads(1)

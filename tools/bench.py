@@ -3,7 +3,8 @@
     pip install -r requirements.txt -r requirements-test.txt
     python tools/bench.py                 the tables of PARTS: a quarter of an hour on 2 cores
     python tools/bench.py step vae        only these
-    python tools/bench.py run share sizes MORE, which take as long again and longer
+    python tools/bench.py run share sizes int8 openvino
+                                          MORE, which take as long again and longer
     python tools/bench.py step load --against ../old
                                           this and the other checkout, without diffusers
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command sets it, before torch is there
 
 import argparse
+import importlib.util
 import multiprocessing
 import re
 import subprocess
@@ -41,7 +43,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip import Tokenizer
-from extras import edit, fast, lowmem
+from extras import edit, fast, int8, lowmem
 from extras.deepcache import deepcache
 from extras.options import DTYPES
 from sampler import NoiseSchedule, cfg, make_denoiser
@@ -188,8 +190,11 @@ def run(args: list, cwd: Path = ROOT) -> tuple[float, str]:
 
 # --- networks ---
 
-def our_network(name: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """Random weights, as `load` converts them, of this network alone: all take half a minute."""
+def our_network(name: str, dtype: torch.dtype, device: str, how: str = "fast") -> nn.Module:
+    """Random weights, as `load` converts them, of this network alone: all take half a minute.
+
+    `how`: "plain", "fast" or "int8".
+    """
     torch.manual_seed(0)
     with torch.device("meta"):
         sd = StableDiffusion(PRESETS["sd1"])
@@ -203,8 +208,11 @@ def our_network(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     state = {key: fast.to(tensor, device, dtype) for key, tensor in network.state_dict().items()}
     network.load_state_dict(state, assign=True)
     network.eval().requires_grad_(False)
-    sd.device = torch.device(device)
-    fast.optimize(sd)
+    sd.device, sd.dtype = torch.device(device), dtype
+    if how != "plain":
+        fast.optimize(sd)
+    if how == "int8":
+        int8.attach(sd)
     return network
 
 
@@ -259,8 +267,9 @@ def bench_step(dtype: torch.dtype, device: str, rounds: int, against: Path | Non
     table("guided step, 512x512", seconds, digits=3, more={"this": speed})
 
 
-def our_step(dtype: torch.dtype, device: str, every: int | None = None) -> Action:
-    unet, x = our_network("unet", dtype, device), torch.randn(1, 4, 64, 64, device=device)
+def our_step(dtype: torch.dtype, device: str, every: int | None = None,
+             how: str = "fast") -> Action:
+    unet, x = our_network("unet", dtype, device, how), torch.randn(1, 4, 64, 64, device=device)
     cond, uncond = ({"context": torch.randn(1, 77, 768, device=device).to(dtype)}
                     for _ in range(2))
     attached = ExitStack()
@@ -487,6 +496,116 @@ def bench_share(dtype: torch.dtype, device: str, rounds: int) -> None:
           in_turns(rounds, **{"whole": step, "between two whole ones": step}))
 
 
+# --- 8 bits, and OpenVINO ---
+
+def bench_int8(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """--int8: a guided step, the memory it takes, and what it changes."""
+    ways = {"this, --int8": "int8", "this": "fast", "this, --no-fast": "plain"}
+    table("guided step, 512x512", in_processes(rounds, **{
+        name: partial(our_step, dtype, device, how=how) for name, how in ways.items()}), digits=3)
+    with tempfile.TemporaryDirectory() as tmp:
+        write_files(tmp, theirs=False)
+        load = OUR_LOAD.format(tmp=tmp, device=device, dtype=dtype)
+        for name, more in {"--int8": "; int8.attach(sd)", "without": ""}.items():
+            code = f"from sd import *; from extras import int8; {load}{more}; {RESIDENT}"
+            peak, said = run([sys.executable, "-c", code])
+            print(f"memory after loading SD 1.x, {name}: {float(said.split()[-1]) / 1e6:.2f} GB"
+                  f" (at most {peak:.2f} while loading)", flush=True)
+    print(f"\none call of the UNet of SD 1.x: {int8_error(dtype):.4f} from the UNet without --int8"
+          " (relative)", flush=True)
+    print(f"24 pictures of the built-in model: {int8_decibels(dtype)}", flush=True)
+
+
+RESIDENT = ("print(next(line.split()[1] for line in open('/proc/self/status')"
+            " if line.startswith('VmRSS')))")
+
+
+@torch.no_grad()
+def int8_error(dtype: torch.dtype) -> float:
+    """|a - b| / |b| of one call with the same random weights and inputs."""
+    x, t, context = torch.randn(2, 4, 64, 64), torch.tensor([500, 500]), torch.randn(2, 77, 768)
+    answers = [our_network("unet", dtype, "cpu", how)(x, t, context.to(dtype)).float()
+               for how in ("int8", "fast")]
+    return ((answers[0] - answers[1]).norm() / answers[1].norm()).item()
+
+
+def int8_decibels(dtype: torch.dtype) -> str:
+    """PSNR beside the pictures without it, of the 24 prompts in docs/emoji.png."""
+    source = (ROOT / "data" / "emoji" / "evaluate.py").read_text("utf-8")
+    prompts = [prompt for name in ("CAPTIONS", "OTHERS") for prompt in
+               re.findall('"(.*?)"', re.search(rf"^{name} = \[(.*?)\]", source, re.M | re.S)[1])]
+    assert len(prompts) == 24
+    pictures = []
+    for attach in (int8.attach, lambda sd: None):
+        sd = StableDiffusion.load(None, "cpu", dtype)
+        attach(sd)
+        images = [sd.generate(prompt)[0] for prompt in prompts]
+        pictures.append(np.stack([np.asarray(image) / 255 for image in images]))
+    found = -10 * np.log10(np.square(pictures[0] - pictures[1]).mean((1, 2, 3)))
+    return f"{found.mean():.1f} dB ({found.min():.1f} to {found.max():.1f})"
+
+
+def bench_openvino(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """A guided step and decoding beside OpenVINO, which is left out where it is not installed."""
+    missing = [name for name in ("openvino", "nncf") if importlib.util.find_spec(name) is None]
+    for name in missing:
+        print(f"{name} is not installed: pip install {name}, to compare with it", flush=True)
+    name = f"OpenVINO, {dtype_name(dtype)}"
+    steps = {"this": partial(our_step, dtype, device),
+             "this, --int8": partial(our_step, dtype, device, how="int8")}
+    decoding = {"this": partial(our_decoding, dtype, device)}
+    if "openvino" not in missing:
+        steps[name] = partial(openvino_step, dtype)
+        decoding[name] = partial(openvino_decoding, dtype)
+    if not missing:
+        steps["OpenVINO, int8"] = partial(openvino_step, dtype, calibrated=True)
+    table("guided step, 512x512", in_processes(rounds, **steps), digits=3)
+    table("decoding, 512x512", in_processes(rounds, **decoding), digits=3)
+
+
+class Answer(nn.Module):
+    """A method of diffusers' that returns a tensor, as a module that can be traced."""
+
+    def __init__(self, network: nn.Module, method: str):
+        super().__init__()
+        self.network, self.method = network, method
+
+    def forward(self, *given: torch.Tensor) -> torch.Tensor:
+        return getattr(self.network, self.method)(*given, return_dict=False)[0]
+
+
+def openvino_network(name: str, method: str, dtype: torch.dtype, given: tuple[torch.Tensor, ...],
+                     calibrated: bool = False) -> Callable[..., object]:
+    """diffusers' network in OpenVINO, for inputs of these shapes; `calibrated`: in 8 bits."""
+    import openvino
+    module = Answer(their_network(name, torch.float32, "cpu", False), method)
+    converted = openvino.convert_model(module, example_input=given,
+                                       input=[tuple(x.shape) for x in given])
+    inputs = [x.numpy() for x in given]
+    if calibrated:
+        import nncf
+        converted = nncf.quantize(converted, nncf.Dataset([inputs]), subset_size=1,
+                                  model_type=nncf.ModelType.TRANSFORMER)
+    hints = {"INFERENCE_PRECISION_HINT": {torch.bfloat16: "bf16"}.get(dtype, "f32"),
+             "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(converted, "CPU", hints)
+    return lambda: compiled(inputs)[0]
+
+
+def openvino_step(dtype: torch.dtype, calibrated: bool = False) -> Action:
+    given = torch.randn(2, 4, 64, 64), torch.tensor(500), torch.randn(2, 77, 768)
+    unet = openvino_network("unet", "forward", dtype, given, calibrated)
+
+    def step() -> np.ndarray:
+        uncond, cond = np.split(unet(), 2)
+        return uncond + 7.5 * (cond - uncond)
+    return step
+
+
+def openvino_decoding(dtype: torch.dtype) -> Action:
+    return openvino_network("vae", "decode", dtype, (torch.randn(1, 4, 64, 64),))
+
+
 def bench_train(dtype: torch.dtype, device: str, rounds: int) -> None:
     """Steps of training of the built-in model's UNet, fp32, batches of 32; and of diffusers' UNet
     of the same shape."""
@@ -585,7 +704,8 @@ def figures(said: str) -> list[tuple[str, float]]:
 
 PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text,
          "load": bench_load, "builtin": bench_builtin, "train": bench_train}
-MORE = {"run": bench_run, "share": bench_share, "sizes": bench_sizes}
+MORE = {"run": bench_run, "share": bench_share, "sizes": bench_sizes, "int8": bench_int8,
+        "openvino": bench_openvino}
 TAKE_AGAINST = "step", "vae", "text", "load", "builtin", "run"
 
 
