@@ -136,7 +136,7 @@ def test_old_names_of_options_are_accepted():
 def test_what_is_not_given_is_the_default():
     assert parse([]) == Options()
     assert {name for name, one in FIELDS.items() if one.default is False} \
-        == {"captions", "lowmem", "no_fast", "trust"}
+        == {"captions", "int8", "lowmem", "no_fast", "trust"}
 
 
 @pytest.mark.parametrize("words, settings", [
