@@ -457,8 +457,12 @@ def is_plain(tensor: object) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Also a `forward` or `attend` of its own: some code attaches itself by one."""
     return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
-                or module._backward_hooks or {"forward", "attend"} & vars(module).keys()
+                or module._backward_hooks or has_own_forward(module)
                 or _has_any_global_hook())
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    return bool({"forward", "attend"} & vars(module).keys())
 
 
 def is_linear(module: nn.Module) -> bool:

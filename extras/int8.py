@@ -88,7 +88,7 @@ def layers(module: nn.Module, name: str = "") -> Iterator[nn.Module]:
 def is_foreign(module: nn.Module) -> bool:
     """Whether its class is not one of the core, unedited, or it has a `forward` of its own."""
     cls = fast.STANDS_IN_FOR.get(type(module), type(module))
-    if {"forward", "attend"} & vars(module).keys():
+    if fast.has_own_forward(module):
         return True
     if cls in (model.UNetModel, model.CrossAttention, model.Upsample):
         return not fast.is_current(f"model.{cls.__name__}")
