@@ -14,8 +14,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sd import StableDiffusion, UserError, best_device_and_dtype
@@ -97,7 +95,7 @@ def gather_objects(mine: object) -> list:
 @contextmanager
 def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
     """Inside, a backward pass averages gradients over the processes only if `sync`."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "set_requires_gradient_sync"):    # FSDP's
         model.set_requires_gradient_sync(sync)
     skip = isinstance(model, DistributedDataParallel) and not sync
     with model.no_sync() if skip else nullcontext():
@@ -108,6 +106,8 @@ def gradient_sync(model: nn.Module, sync: bool) -> Iterator[None]:
 
 def fsdp(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
     """Shard the model, block by block. Zhao et al. 2023."""
+    from torch.distributed.fsdp import fully_shard  # importing it takes a second: only if used
+
     for p in model.parameters():
         p.data = p.data.contiguous()  # FSDP does not take channels last
     for block in blocks:
@@ -116,14 +116,19 @@ def fsdp(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
     return fully_shard(model)
 
 
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is one of FSDP's tensors (torch.distributed.tensor.DTensor)."""
+    return hasattr(x, "full_tensor")
+
+
 def unshard(x: Tensor) -> Tensor:
     """The whole of a tensor that FSDP has divided. All processes must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def unshard_on_first(x: Tensor, rank: int) -> Tensor:
     """The same on the CPU for rank 0; an empty tensor for the others."""
-    if not isinstance(x, DTensor):
+    if not is_sharded(x):
         return x
     whole = unshard(x)
     return whole.cpu() if rank == 0 else whole[:0]
@@ -131,7 +136,9 @@ def unshard_on_first(x: Tensor, rank: int) -> Tensor:
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """Divide a whole tensor as `like` is divided."""
-    if isinstance(like, DTensor) and x.shape == like.shape:
+    if is_sharded(like) and x.shape == like.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
     return x
 

@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -75,6 +76,21 @@ def run_command(*args: str | Path, cwd: Path = ROOT, check: bool = True, threads
     return done
 
 
+def assert_linear(read: Callable[[str], object], make: Callable[[int], str]) -> None:
+    """`read` takes about half a second at most for make(100_000), a text of so many characters.
+
+    On a busy machine that may be more. Ten times the characters may not take a hundred times as
+    long, then: thirty times allows for what else the machine does.
+    """
+    def seconds(text: str) -> float:
+        began = time.process_time()
+        read(text)
+        return time.process_time() - began
+
+    spent = seconds(make(100_000))
+    assert spent < 0.5 or spent < 30 * min(seconds(make(10_000)) for _ in range(3))
+
+
 # --- models ---
 
 def small(name: str) -> Preset:
@@ -100,13 +116,16 @@ def small(name: str) -> Preset:
 def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     """Every weight random: matrices keep the variance, norms are 1 +- 0.1, biases 0 +- 0.1.
 
-    Tensors on the meta device become real.
+    Tensors on the meta device become real. Large ones repeat a million numbers, to save time.
     """
     module.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
-            p.uniform_(-(3**0.5), 3**0.5, generator=generator)
+            drawn = p.flatten()[:1_000_003]     # a prime: no two rows are alike
+            drawn.uniform_(-(3**0.5), 3**0.5, generator=generator)
+            for rest in p.flatten().split(len(drawn))[1:]:
+                rest.copy_(drawn[:len(rest)])
             if p.ndim == 1:
                 p.mul_(0.1).add_(name.endswith("weight"))
             else:
