@@ -62,15 +62,15 @@ class ControlNet(nn.Module):
 
     def __init__(self, unet: UNetModel):
         super().__init__()
-        self.config = cfg = unet.config
+        self.config = unet.config
         for part in "time_embed", "label_emb", "input_blocks", "middle_block":
             if hasattr(unet, part):
                 setattr(self, part, deepcopy(getattr(unet, part)))
-        widths = skip_widths(cfg)
+        widths = skip_widths(self.config)
         self.zero_convs = nn.ModuleList(
             nn.Sequential(zero_module(nn.Conv2d(c, c, 1))) for c in widths)
         self.middle_block_out = nn.Sequential(zero_module(nn.Conv2d(widths[-1], widths[-1], 1)))
-        self.input_hint_block = make_hint_block(cfg.model_channels)
+        self.input_hint_block = make_hint_block(self.config.model_channels)
         self.to(unet.out[2].weight)
 
     def forward(self, hint: Tensor, x: Tensor, t: Tensor, context: Tensor,
@@ -89,12 +89,12 @@ class ControlNet(nn.Module):
         return [conv(h) for conv, h in zip(convs, outputs)]
 
 
-def skip_widths(cfg: UNetConfig) -> list[int]:
+def skip_widths(config: UNetConfig) -> list[int]:
     """The channels of each skip, first to last."""
-    widths = [cfg.model_channels]
-    for level, mult in enumerate(cfg.channel_mult):
-        downsamples = level < len(cfg.channel_mult) - 1
-        widths += [cfg.model_channels * mult] * (cfg.num_res_blocks + downsamples)
+    widths = [config.model_channels]
+    for level, mult in enumerate(config.channel_mult):
+        downsamples = level < len(config.channel_mult) - 1
+        widths += [config.model_channels * mult] * (config.num_res_blocks + downsamples)
     return widths
 
 

@@ -201,33 +201,34 @@ def check_fields(where: str, config: object) -> None:
             check_value(where, name, getattr(config, name), kind)
 
 
-def check_unet(where: str, cfg: UNetConfig) -> None:
-    levels = len(cfg.channel_mult)
+def check_unet(where: str, config: UNetConfig) -> None:
+    levels = len(config.channel_mult)
     check_levels(f"{where}: channel_mult", levels)
     for name in "transformer_depth", "num_heads":
-        if len(getattr(cfg, name)) != levels:
+        if len(getattr(config, name)) != levels:
             raise UserError(f"{where}: {name} must have a number for each of {levels} levels")
-    widths = [cfg.model_channels * one for one in cfg.channel_mult]
-    check_widths(f"{where}: channel_mult", [*widths, cfg.model_channels], cfg.num_groups)
-    for width, heads in zip(widths, cfg.num_heads):
+    widths = [config.model_channels * one for one in config.channel_mult]
+    check_widths(f"{where}: channel_mult", [*widths, config.model_channels], config.num_groups)
+    for width, heads in zip(widths, config.num_heads):
         if width % heads:
             raise UserError(f"{where}: num_heads: {heads} heads do not divide the width {width}")
-    blocks = sum((2 * cfg.num_res_blocks + 1) * (1 + depth) for depth in cfg.transformer_depth)
+    blocks = sum((2 * config.num_res_blocks + 1) * (1 + depth)
+                 for depth in config.transformer_depth)
     if blocks > MOST_BLOCKS:
         raise UserError(f"{where}: num_res_blocks and transformer_depth make {blocks} blocks, and "
                         f"at most {MOST_BLOCKS} are built")
-    if cfg.model_channels % 2:
-        raise UserError(f"{where}: model_channels is {cfg.model_channels}, and must be even")
+    if config.model_channels % 2:
+        raise UserError(f"{where}: model_channels is {config.model_channels}, and must be even")
 
 
-def check_vae(where: str, cfg: VAEConfig) -> None:
+def check_vae(where: str, config: VAEConfig) -> None:
     for name in "ch_mult", "decoder_ch_mult":
-        levels = getattr(cfg, name) or ()
+        levels = getattr(config, name) or ()
         check_levels(f"{where}: {name}", len(levels))
-        check_widths(f"{where}: {name}", [cfg.ch * one for one in levels], cfg.num_groups)
-    if cfg.decoder_ch_mult is not None and len(cfg.decoder_ch_mult) < len(cfg.ch_mult):
-        raise UserError(f"{where}: decoder_ch_mult has {len(cfg.decoder_ch_mult)} levels, and "
-                        f"ch_mult {len(cfg.ch_mult)}: the decoder needs as many or more")
+        check_widths(f"{where}: {name}", [config.ch * one for one in levels], config.num_groups)
+    if config.decoder_ch_mult is not None and len(config.decoder_ch_mult) < len(config.ch_mult):
+        raise UserError(f"{where}: decoder_ch_mult has {len(config.decoder_ch_mult)} levels, and "
+                        f"ch_mult {len(config.ch_mult)}: the decoder needs as many or more")
 
 
 def check_levels(where: str, levels: int) -> None:
@@ -242,12 +243,13 @@ def check_widths(where: str, widths: list[int], groups: int) -> None:
                             f"num_groups, {groups}")
 
 
-def check_text(where: str, cfg: CLIPTextConfig) -> None:
-    if cfg.hidden_size % cfg.num_attention_heads:
-        raise UserError(f"{where}: num_attention_heads: {cfg.num_attention_heads} heads do not "
-                        f"divide the width {cfg.hidden_size}")
-    if cfg.clip_skip >= cfg.num_hidden_layers:
-        raise UserError(f"{where}: clip_skip is {cfg.clip_skip}, of {cfg.num_hidden_layers} layers")
+def check_text(where: str, config: CLIPTextConfig) -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(f"{where}: num_attention_heads: {config.num_attention_heads} heads do not "
+                        f"divide the width {config.hidden_size}")
+    if config.clip_skip >= config.num_hidden_layers:
+        raise UserError(f"{where}: clip_skip is {config.clip_skip}, of "
+                        f"{config.num_hidden_layers} layers")
 
 
 def check_together(where: str, preset: Preset) -> None:

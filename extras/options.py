@@ -164,9 +164,9 @@ class Options:
 
     batch_size: int = option(1, "speed and memory", "pictures drawn at a time", int, metavar="N")
     deepcache: int | None = option(
-        None, "speed and memory", "compute the UNet's deep blocks only at every N-th step: 3 saves "
-        "half of the time or more", int, metavar="N", png="DeepCache", old_png="Deep every",
-        old=("--deep-every",), shown=1)
+        None, "speed and memory", "compute the UNet's deep blocks only at every N-th call of "
+        "it: 3 saves half of the time or more", int, metavar="N", png="DeepCache",
+        old_png="Deep every", old=("--deep-every",), shown=1)
     lowmem: bool = option(False, "speed and memory", "use less memory and more time: one network "
                           "on the device at a time, guidance in two passes, decoding in tiles")
     int8: bool = option(False, "speed and memory", "compute the UNet's layers in 8 bits, on CPUs "

@@ -97,14 +97,14 @@ def set_clip_skip(sd: StableDiffusion, number: int) -> None:
     Raises UserError if there are not so many layers.
     """
     for encoder in clip_encoders(sd):
-        cfg = encoder.config
+        config = encoder.config
         # folders of SD 2.x do not hold the last layer, which is never used
-        dropped = int(cfg.openclip and cfg.final_norm and cfg.clip_skip == 0)
-        layers = cfg.num_hidden_layers + dropped
+        dropped = int(config.openclip and config.final_norm and config.clip_skip == 0)
+        layers = config.num_hidden_layers + dropped
         if not 1 + dropped <= number <= layers:
             raise UserError(f"--clip-skip {number}: a text encoder of this model has the layers "
                             f"{1 + dropped} to {layers}, counted from the last")
-        cfg.clip_skip = number - 1 - dropped
+        config.clip_skip = number - 1 - dropped
 
 
 # --- chunks ---

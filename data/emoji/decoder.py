@@ -122,10 +122,10 @@ def fitted(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def grow(old: AutoencoderKL, cfg: VAEConfig) -> AutoencoderKL:
+def grow(old: AutoencoderKL, config: VAEConfig) -> AutoencoderKL:
     """The same autoencoder with a wider decoder of one level more, which starts as the old one."""
     torch.manual_seed(0)
-    new = AutoencoderKL(cfg)
+    new = AutoencoderKL(config)
     weights = new.state_dict()
     for name, tensor in old.state_dict().items():
         parts = name.split(".")
@@ -207,12 +207,12 @@ class Training:
     def __init__(self, args: argparse.Namespace):
         self.args, self.done = args, 0
         self.sd = sd = StableDiffusion.load(args.ckpt, dtype=torch.float32, fast=False)
-        cfg = replace(sd.preset.vae, decoder_ch_mult=tuple(args.ch_mult))
-        if len(args.ch_mult) != len(cfg.ch_mult) + 1:
-            sys.exit(f"decoder.py: --ch-mult must have {len(cfg.ch_mult) + 1} numbers")
-        sd.preset.size *= cfg.downsampling // sd.preset.vae.downsampling
-        sd.preset.vae = cfg
-        sd.vae = grow(sd.vae.cpu(), cfg).requires_grad_(False)
+        config = replace(sd.preset.vae, decoder_ch_mult=tuple(args.ch_mult))
+        if len(args.ch_mult) != len(config.ch_mult) + 1:
+            sys.exit(f"decoder.py: --ch-mult must have {len(config.ch_mult) + 1} numbers")
+        sd.preset.size *= config.downsampling // sd.preset.vae.downsampling
+        sd.preset.vae = config
+        sd.vae = grow(sd.vae.cpu(), config).requires_grad_(False)
         sd.vae.to(sd.device, memory_format=torch.channels_last)
         self.averaged = deepcopy(sd.vae)
         trained = nn.ModuleList([sd.vae.decoder, sd.vae.post_quant_conv]).requires_grad_(True)
