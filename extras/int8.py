@@ -31,12 +31,13 @@ from sd import UserError
 
 OPS = torch.ops.onednn
 
-# Layers that stay as they are, by name. The first and the last convolution, the embeddings and the
-# 1x1 convolutions around a ResBlock cost quality and save little. (Of the built-in model, all of
-# the error but a fifth comes from one of the latter, whose input no norm evens out.) The keys and
-# values of a text are computed once for a picture by fast.py.
+# Layers that stay as they are, by name. The first and the last convolution, the embeddings, the
+# 1x1 convolutions around a ResBlock and what follows GEGLU cost quality and save little. (Of the
+# built-in model, all of the error but a fifth comes from one of these convolutions, whose input no
+# norm evens out, and half of the rest from what follows GEGLU.) The keys and values of a text are
+# computed once for a picture by fast.py.
 KEPT = re.compile(r"(input_blocks\.0|out|time_embed|label_emb|cond_proj)(\.|$)"
-                  r"|.*\.(emb_layers|skip_connection|attn2\.to_[kv])(\.|$)")
+                  r"|.*\.(emb_layers|skip_connection|attn2\.to_[kv]|ff\.net\.2)(\.|$)")
 
 
 def attach(sd: object) -> None:
