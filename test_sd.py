@@ -83,10 +83,7 @@ def test_text_matches_transformers(name):
 
 @pytest.mark.parametrize("name", ["sd1", "emoji"])
 def test_unet_matches_diffusers(name):
-    """At an odd size, each row with its own time, one of them a fraction; plain and fast.
-
-    Usual sizes: tests/test_oracle.py, and the whole pictures below.
-    """
+    """At a usual and an odd size, each row with its own time, one of them a fraction; fast too."""
     unet = randomize(on_meta(UNetModel, PRESETS[name].unet))
     cfg = unet.config
     reference = reference_unet(cfg, with_prefix("model.diffusion_model.", unet.state_dict()))
@@ -94,10 +91,11 @@ def test_unet_matches_diffusers(name):
     t, context, y = torch.tensor([981.0, 37.25]), torch.randn(2, 77, cfg.context_dim), None
     if cfg.adm_in_channels is not None:
         y = torch.randn(2, cfg.adm_in_channels)
-    x = torch.randn(2, cfg.in_channels, 11, 13)
-    wanted = reference(x, t, context, class_labels=y).sample
+    inputs = [torch.randn(2, cfg.in_channels, *size) for size in ((16, 16), (11, 13))]
+    wanted = [reference(x, t, context, class_labels=y).sample for x in inputs]
     for _ in "plain", "fast":
-        assert relative_error(unet(x, t, context, y), wanted) < 1e-5
+        for x, answer in zip(inputs, wanted):
+            assert relative_error(unet(x, t, context, y), answer) < 1e-5
         fast.swap_classes(unet, CPU)
 
 

@@ -254,9 +254,9 @@ def check_options(o: Options) -> None:
         f"{o.prompt} {o.negative}".encode()
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid UTF-8") from error
-    for name in "ckpt", "vae", "unet", "init", "mask", "prompts":
-        if getattr(o, name) == "":
-            raise UserError(f"{flag(name)} is empty: give a file, or leave it out")
+    for name in "ckpt", "vae", "unet", "init", "mask", "prompts", "attn":
+        if getattr(o, name) in ("", [""]):
+            raise UserError(f"{flag(name)} is empty: give a file or folder, or leave it out")
     needs = {"strength": "init", "mask": "init", "image_guidance": "init", "words": "attn",
              "preset": "ckpt", "vae": "ckpt", "unet": "ckpt"}
     for name, needed in needs.items():

@@ -649,3 +649,10 @@ def test_nan_is_refused_and_never_drawn(tiny, tmp_path, capsys):  # noqa: F811
     save_file(tensors, path, config)
     line = assert_refused(capsys, tmp_path / "o.png", "--ckpt", path)
     assert "NaN from the VAE: its weights hold NaN or infinity" in line
+
+
+@pytest.mark.parametrize("option", ["--ckpt", "--vae", "--unet", "--init", "--mask",
+                                    "--prompts", "--attn"])
+def test_an_empty_name_is_refused(option, tmp_path, capsys):
+    line = assert_refused(capsys, tmp_path / "o.png", option, "")
+    assert line == f"sd.py: {option} is empty: give a file or folder, or leave it out"
