@@ -104,6 +104,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def reason(error: BaseException) -> str:
+    """What a library says went wrong: its first line, at most 200 characters of it."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
 def check_json(file: Path, config: dict) -> None:
     """Raises UserError for the first key of a diffusers JSON file whose value has another type."""
     for key, value in config.items():

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from extras.checks import reason
 from extras.locks import clean_up, unfinished_folder
 from sd import LazyTensor, UserError, check_names_and_shapes
 
@@ -67,8 +68,7 @@ def open_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise UserError(f"{path} is damaged, or holds more than tensors and could run code: "
                         "ask for a .safetensors file of it") from error
     except Exception as error:      # a pickle may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a checkpoint that can be read: {reason}") from error
+        raise UserError(f"{path} is not a checkpoint that can be read: {reason(error)}") from error
 
 
 FOREIGN = [  # how files begin that are no checkpoints, and what to do

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote
 
+from extras.checks import reason
 from extras.diffusers_folder import (
     COMPONENTS,
     CONFIG_FILES,
@@ -128,7 +129,7 @@ def explained(name: str, get: Callable[[], Path]) -> Path:
         raise UserError(f"{name} is no file or folder here, was not downloaded before, and {why}, "
                         "or give a file") from error
     except (Exception, KeyboardInterrupt) as error:  # of the network, a full disk, Ctrl-C
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = reason(error)
         raise UserError(f"the download of {name} stopped ({why}): run it again, the files that "
                         "are complete are kept") from error
 

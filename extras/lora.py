@@ -166,10 +166,10 @@ def why_not(layer: nn.Module | Projection | None, name: str, change: Change) -> 
 
 def size_of(tensors: Tensors) -> str:
     """ "320x768 ", out and in, where that can be seen."""
-    if {"down", "up"} <= tensors.keys() and min(tensors["down"].shape, default=0) > 0:
-        down, up = tensors["down"].shape, tensors["up"].shape
-        return f"{up[0]}x{down[1:].numel()} "
-    return ""
+    down, up = (tensors[role].shape if role in tensors else () for role in ("down", "up"))
+    if len(down) < 2 or len(up) < 2 or 0 in down:
+        return ""
+    return f"{up[0]}x{down[1:].numel()} "
 
 
 def check_family(path: Path, fitting: list[str], misfits: list[tuple[str, str]]) -> None:

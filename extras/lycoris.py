@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from extras.checks import reason
 from sd import UserError
 
 Roles = dict[str, Tensor]   # role -> tensor
@@ -67,7 +68,7 @@ def changed_weight(roles: Roles, weight: Tensor, alpha: float | None, rslora: bo
                 rows = name == "magnitude" or len(roles[name]) == len(weight)
                 change = decompose(weight + change, roles[name], rows) - weight
     except (RuntimeError, IndexError, ValueError) as error:
-        raise UserError(str(error).splitlines()[0]) from error
+        raise UserError(reason(error)) from error
     return weight + scale * change
 
 
