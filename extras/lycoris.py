@@ -61,6 +61,9 @@ def changed_weight(roles: Roles, weight: Tensor, alpha: float | None, rslora: bo
     Raises UserError if the shapes do not fit.
     """
     weight = weight.float()
+    for name, tensor in roles.items():
+        if tensor.ndim == 0 and name != "on_input":
+            raise UserError(f"{name} is a single number")
     try:
         change = weight_change(roles, weight, alpha, rslora).reshape(weight.shape)
         for name in "dora_scale", "magnitude":

@@ -1,15 +1,16 @@
 """Chapter 4 against closed forms, and its maps against the network they come from."""
 import math
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import attention as chapter
@@ -214,13 +215,8 @@ def test_no_words(sd, prompt):
         chapter.columns(sd, prompt)
 
 
-def script(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, Path(__file__).with_name("attention.py"), *args],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def script(*args: str) -> CompletedProcess:
+    return run_forked(Path(__file__).with_name("attention.py"), *args)
 
 
 def test_script(tmp_path):

@@ -1,5 +1,4 @@
 """Chapter 5 against exact denoisers, pictures of known class, and what must have no effect."""
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import conditions
@@ -259,19 +260,7 @@ def test_the_judge_learns_drawn_digits():
 
 
 def test_the_script_runs(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            conditions.__file__,
-            "--quick",
-            "--ask",
-            "large hollow",
-            "--out",
-            tmp_path,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    done = run_forked(conditions.__file__, "--quick", "--ask", "large hollow", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "large hollow" in done.stdout and "have the labels an effect?" in done.stdout
     assert Image.open(tmp_path / "conditions.png").width <= 900

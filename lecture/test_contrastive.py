@@ -1,6 +1,5 @@
 """Chapter 8 against closed forms: the loss, its scale, what is held out, what is drawn."""
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import contrastive
@@ -189,13 +190,7 @@ def test_same_seed_same_losses():
 
 
 def test_script_runs(tmp_path):
-    script = Path(contrastive.__file__)
-    done = subprocess.run(
-        [sys.executable, script, "--quick", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = run_forked(contrastive.__file__, "--quick", "--out", tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ln 8 = 2.0794" in done.stdout and "loss 2.0794" in done.stdout
     assert {p.name for p in tmp_path.iterdir()} == {"contrastive.png", "contrastive_words.png"}

@@ -1,5 +1,4 @@
 """Chapter 1 against closed forms."""
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -8,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import diffusion as chapter
@@ -186,9 +187,7 @@ def test_the_two_losses_train_one_net_up_to_its_sign():
 
 
 def test_script_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--out", tmp_path], capture_output=True, text=True
-    )
+    done = run_forked(SCRIPT, "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "diffusion.gif") as gif:
         assert gif.n_frames == 6

@@ -1,7 +1,6 @@
 """Chapter 6 against closed forms and known numbers."""
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from PIL import Image
 from torch.distributions import Independent, Normal
 from torch.distributions import kl_divergence as kl_of
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import draw
@@ -232,11 +233,7 @@ def quick(tmp_path_factory):
     Image.fromarray(
         (torch.rand(30, 44, 4, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
     ).save(folder / "photo.png")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--out", folder, "--photo", folder / "photo.png"],
-        capture_output=True,
-        text=True,
-    )
+    done = run_forked(SCRIPT, "--quick", "--out", folder, "--photo", folder / "photo.png")
     return folder, done
 
 

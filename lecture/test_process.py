@@ -1,15 +1,16 @@
 """Chapter 7 against closed forms, and its own walk against sd.generate."""
 import math
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import draw
@@ -198,13 +199,8 @@ def test_img2img(sd):
 # --- the script ---
 
 
-def script(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, Path(__file__).with_name("process.py"), *args],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def script(*args: str) -> CompletedProcess:
+    return run_forked(Path(__file__).with_name("process.py"), *args)
 
 
 def test_script(tmp_path):

@@ -1,6 +1,5 @@
 """Chapter 2 against known sizes and closed forms."""
 import math
-import subprocess
 import sys
 from collections import Counter
 from functools import cache
@@ -10,6 +9,8 @@ import pytest
 import torch
 from PIL import ImageColor
 from torch import nn
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import draw
@@ -124,9 +125,7 @@ def test_a_fresh_resblock_ignores_the_time():
 
 
 def test_script_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--quick", "--out", tmp_path], capture_output=True, text=True
-    )
+    done = run_forked(SCRIPT, "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (
         "859,520,964" in done.stdout

@@ -1,6 +1,5 @@
 """Chapter 3 against known ids, planted tables and the causal pattern."""
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+from tests.forked import run_forked
 
 sys.path.insert(0, str(Path(__file__).parent))
 import draw
@@ -229,12 +230,7 @@ def test_grid_colours():
 
 
 def test_script_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, words.__file__, "--quick", "--out", tmp_path],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = run_forked(words.__file__, "--quick", "--out", tmp_path, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for line in (
         "  table 1.00, + position",

@@ -16,10 +16,11 @@ from tests.training import (  # noqa: F401
     metrics,
     shards,
     torchrun,
+    trained,
 )
 
 
-def test_two_processes_equal_one_with_twice_the_batch(grouped, five, tmp_path):  # noqa: F811
+def test_two_processes_equal_one_with_twice_the_batch(grouped, five, tmp_path, capsys):  # noqa: F811
     """And two passes of half the batch too.
 
     20 steps: losses, weights and averages, by DDP and FSDP. One process resumes the run of two.
@@ -30,7 +31,11 @@ def test_two_processes_equal_one_with_twice_the_batch(grouped, five, tmp_path): 
             "ddp": (2, "--batch", 2),
             "fsdp": (2, "--batch", 1, "--accumulate", 2, "--fsdp", "--checkpointing")}
     for name, (n, *more) in runs.items():
-        finished(torchrun(n, *common, *more, "--steps", 20, "--out", tmp_path / name))
+        args = [*common, *more, "--steps", 20, "--out", tmp_path / name]
+        if n:
+            finished(torchrun(n, *args))
+        else:
+            trained(capsys, *args)
     losses = {name: np.array([line["loss"] for line in metrics(tmp_path / name)])
               for name in runs}
     states = {name: torch.load(tmp_path / name / "state.pt") for name in runs}
@@ -44,7 +49,7 @@ def test_two_processes_equal_one_with_twice_the_batch(grouped, five, tmp_path): 
                    for state in (states[name], states["one"])]
         assert torch.allclose(*moments, rtol=1e-3, atol=1e-6)
         StableDiffusion.load(tmp_path / name / "model.safetensors")
-    out = finished(torchrun(0, *common, "--batch", 4, "--steps", 21, "--out", tmp_path / "fsdp"))
+    out = trained(capsys, *common, "--batch", 4, "--steps", 21, "--out", tmp_path / "fsdp")
     assert "steps 20 to 21" in out
 
 

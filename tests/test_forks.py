@@ -42,9 +42,9 @@ def copy_project(folder: Path) -> Path:
 
 
 def run(folder: Path, *words: str) -> str:
-    status, printed = run_forked(folder, *words)
-    assert status == 0, printed
-    return printed
+    done = run_forked(folder / words[0], *words[1:], folder=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

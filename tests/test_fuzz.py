@@ -40,7 +40,8 @@ from extras.textual_inversion import add_embedding
 from sd import StableDiffusion, UserError, preset_to_dict
 from tests.common import SMALL, random_model
 
-FOUND = {"lora": [15633], "adapter": [5258], "embedding": [35488]}    # cases that failed once
+FOUND = {  # cases that failed once
+    "lora": [15633, 72155], "adapter": [5258, 40822], "embedding": [35488]}
 MOST_SECONDS, MOST_MEMORY = 20, 2**31   # of a case; of all cases of a reader together
 STRANGE = [  # values that are put into JSON
     None, True, False, 0, -1, 1, 3, 10**12, 10**400, -10**40, 0.5, -0.0, 1e308, float("inf"),
