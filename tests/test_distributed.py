@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from sd import StableDiffusion
+from tests.test_kills import KILLS
 from tests.training import (  # noqa: F401
     finished,
     five,
@@ -53,7 +55,8 @@ def test_two_processes_equal_one_with_twice_the_batch(grouped, five, tmp_path, c
     assert "steps 20 to 21" in out
 
 
-def test_killed_and_stopped_anywhere_it_resumes(grouped, shards, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("number", KILLS)
+def test_killed_and_stopped_anywhere_it_resumes(number, grouped, shards, tmp_path):  # noqa: F811
     """Two processes on shards, with a worker each.
 
     SIGKILL to all at a random step, later SIGTERM: the result is that of an uninterrupted run,

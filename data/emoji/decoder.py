@@ -210,9 +210,14 @@ class Training:
         config = replace(sd.preset.vae, decoder_ch_mult=tuple(args.ch_mult))
         if len(args.ch_mult) != len(config.ch_mult) + 1:
             sys.exit(f"decoder.py: --ch-mult must have {len(config.ch_mult) + 1} numbers")
-        sd.preset.size *= config.downsampling // sd.preset.vae.downsampling
-        sd.preset.vae = config
-        sd.vae = grow(sd.vae.cpu(), config).requires_grad_(False)
+        if sd.preset.vae.decoder_ch_mult is None:
+            sd.preset.size *= config.downsampling // sd.preset.vae.downsampling
+            sd.preset.vae = config
+            sd.vae = grow(sd.vae.cpu(), config)
+        elif sd.preset.vae != config:
+            sys.exit("decoder.py: this model has a larger decoder already: give --ch-mult "
+                     + " ".join(map(str, sd.preset.vae.decoder_ch_mult)))
+        sd.vae.requires_grad_(False)
         sd.vae.to(sd.device, memory_format=torch.channels_last)
         self.averaged = deepcopy(sd.vae)
         trained = nn.ModuleList([sd.vae.decoder, sd.vae.post_quant_conv]).requires_grad_(True)

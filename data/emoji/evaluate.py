@@ -184,6 +184,11 @@ def own_colour(rgba: Image.Image) -> str:
     return min(COLOURS, key=change)
 
 
+def reduced(image: Image.Image) -> Image.Image:
+    """At 64x64, as the pictures of train/ are."""
+    return image.resize((64, 64), Image.Resampling.BOX)
+
+
 # --- the first judge: the nearest picture ---
 
 def feature(image: Image.Image) -> np.ndarray:
@@ -363,11 +368,13 @@ def main() -> None:
     def draw(prompts: list[str]) -> Images:
         images = []
         for i in tqdm(range(0, len(prompts), 10)):
-            images += sd.generate(prompts[i:i + 10], seed=i, **options)
+            images += map(reduced, sd.generate(prompts[i:i + 10], seed=i, **options))
         return images
 
     def through_vae(images: Images) -> Images:
-        return [sd.decode_latents(sd.encode_image([image]))[0] for image in images]
+        sides = (sd.preset.size, sd.preset.size)
+        large = [image.resize(sides, Image.Resampling.BICUBIC) for image in images]
+        return [reduced(sd.decode_latents(sd.encode_image([image]))[0]) for image in large]
 
     captions = json.loads(sd.metadata.get("captions", "[]"))
     print_table(*table(draw, through_vae, args.n, emoji, captions))
@@ -392,7 +399,7 @@ def contact_sheet(sd: StableDiffusion, options: dict) -> Image.Image:
 
     The colours, synonyms and pairs among the others were never trained on.
     """
-    side, text = 2 * sd.preset.size, 16
+    side, text = 128, 16
     page = Image.new("RGB", (6 * side, 4 * (side + text)), "white")
     pen = ImageDraw.Draw(page)
     for i, prompt in enumerate(CAPTIONS + OTHERS):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from prepare import HERE
 from safetensors import safe_open
 from torch import Tensor
@@ -44,7 +45,11 @@ def reconstructed(file: str | None, x: Tensor) -> Tensor:
     """By the VAE of a model (None: the built-in one), or by what `train.py --vq` wrote."""
     if file is None or Path(file).name != "vq.safetensors":
         vae = StableDiffusion.load(file, "cpu", torch.float32).vae
-        return vae.decode(vae.encode(x))
+        if vae.config.decoder_ch_mult is None:
+            return vae.decode(vae.encode(x))
+        # it reads and writes pictures of twice the side
+        y = vae.decode(vae.encode(F.interpolate(x, scale_factor=2, mode="bicubic")))
+        return F.avg_pool2d(y, 2)
     with safe_open(file, "pt") as f:
         config = json.loads(f.metadata()["config"])
         config["ch_mult"] = tuple(config["ch_mult"])
