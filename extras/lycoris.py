@@ -62,7 +62,7 @@ def changed_weight(roles: Roles, weight: Tensor, alpha: float | None, rslora: bo
     """
     weight = weight.float()
     for name, tensor in roles.items():
-        if tensor.ndim == 0 and name != "on_input":
+        if tensor.ndim == 0 and name not in ("alpha", "on_input"):
             raise UserError(f"{name} is a single number")
     try:
         change = weight_change(roles, weight, alpha, rslora).reshape(weight.shape)
