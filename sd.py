@@ -108,10 +108,10 @@ PRESETS = {  # if a file fits several rows, the first is taken
         UNetConfig(in_channels=16, out_channels=16, model_channels=96, channel_mult=(1, 2),
                    num_res_blocks=1, transformer_depth=(1, 1), num_heads=(3, 6), context_dim=128,
                    adm_in_channels=128, num_groups=8),
-        VAEConfig(ch=16, num_res_blocks=1, z_channels=16, num_groups=4,
-                  scale_factor=1.029765277672752),
+        VAEConfig(ch=16, decoder_ch_mult=(1, 1, 2, 4, 4), num_res_blocks=1, z_channels=16,
+                  num_groups=4, scale_factor=1.029765277672752),
         (CLIPTextConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4),),
-        prediction_type="v", size=64, guidance=3.0),
+        prediction_type="v", size=128, guidance=3.0),
 }
 
 NETWORKS = {UNetConfig: UNetModel, VAEConfig: AutoencoderKL, CLIPTextConfig: CLIPTextModel}

@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
@@ -77,6 +78,9 @@ class ControlNet(nn.Module):
                 y: Tensor | None = None) -> list[Tensor]:
         dtype = self.time_embed[0].weight.dtype
         x, hint, context = x.to(dtype), hint.to(dtype), context.to(dtype)
+        size = tuple(8 * side for side in x.shape[2:])
+        if hint.shape[2:] != size:  # the built-in model's latents are a 16th of the picture
+            hint = F.interpolate(hint, size, mode="area")
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y.to(dtype))

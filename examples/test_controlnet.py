@@ -339,7 +339,7 @@ def test_without_a_controlnet_the_command_draws_as_sd_does(tmp_path, run):
 
 
 def test_outlines_of_a_picture_are_taken_as_the_hint(tmp_path, run, monkeypatch):
-    photo = Image.open(SHEET).convert("RGB").crop((0, 0, 64, 64))
+    photo = Image.open(SHEET).convert("RGB").crop((0, 0, 128, 128))
     photo.save(tmp_path / "photo.png")
     seen = []
 
@@ -369,7 +369,7 @@ def test_with_one_it_draws_as_from_python(tmp_path, run, option):
     names = sorted(path.name for path in tmp_path.glob("x*"))
     assert code == 0 and names == ["x-0.png", "x-1.png"]
     control = load(tmp_path / "c.safetensors", sd)
-    small_edges = Image.open(tmp_path / "edges.png").resize((64, 64), Image.Resampling.LANCZOS)
+    small_edges = Image.open(tmp_path / "edges.png").resize((128, 128), Image.Resampling.LANCZOS)
     with controlled(sd.unet, control, hint(small_edges), 2):
         images = sd.generate("a red apple", steps=3, batch=2)
     for i, image in enumerate(images):
@@ -414,7 +414,7 @@ def test_wrong_use_ends_in_one_line(tmp_path, run):
         "is for a UNet with 128 channels": (*given, "--controlnet", tmp_path / "narrow"),
         "1 missing: zero_convs.1.0.bias":
             (*given, "--controlnet", tmp_path / "cut.safetensors"),
-        "a multiple of 8": (*given, "--width", 63),
+        "a multiple of 16": (*given, "--width", 63),
         "inpaint.safetensors changes pictures":
             (*given, "--ckpt", tmp_path / "inpaint.safetensors"),
         "no such file: .*none.ckpt": (*given, "--ckpt", tmp_path / "none.ckpt"),

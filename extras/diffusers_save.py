@@ -53,13 +53,13 @@ def to_folder_layout(name: str, tensor: Tensor) -> Tensor:
 def pipeline_class(preset: Preset) -> str:
     """The diffusers class that draws with this model. Raises UserError if there is none."""
     check_diffusers_has(preset)
-    if preset.vae.decoder_ch_mult is not None:
-        raise UserError("diffusers has no VAE whose decoder has other levels than its encoder: "
-                        "save it as .safetensors")
     one_encoder = len(preset.text_encoders) == 1
     if preset.unet.adm_in_channels is not None and one_encoder:
         raise UserError("diffusers has no pipeline for this model, whose UNet takes the pooled "
                         "vector of one text encoder: save it as .safetensors")
+    if preset.vae.decoder_ch_mult is not None:
+        raise UserError("diffusers has no VAE whose decoder has other levels than its encoder: "
+                        "save it as .safetensors")
     if preset.prediction_type not in ("eps", "v", "v-zero-snr"):
         raise UserError(f"diffusers has no pipeline for this model, which predicts "
                         f"{preset.prediction_type!r}: save it as .safetensors")

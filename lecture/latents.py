@@ -398,7 +398,7 @@ def main(args: Namespace) -> None:
     quick = args.quick
     sd = StableDiffusion.load(args.ckpt, dtype=torch.float32)
     if args.photo is None:
-        name, photo = "a landscape", to_pil(landscapes(1, 64 if quick else 256, seed=5)[0])
+        name, photo = "a landscape", to_pil(landscapes(1, 128 if quick else 256, seed=5)[0])
     else:
         name, photo = "the photo", read_photo(args.photo, sd.preset.vae.downsampling)
     sizes()

@@ -188,13 +188,13 @@ def test_first_three_channels():
 
 def test_a_sample_is_as_far_from_the_mode_as_the_encoder_says():
     sd = StableDiffusion.load(device="cpu", dtype=torch.float32)
-    image = chapter.to_pil(chapter.landscapes(1, 64, seed=5)[0])
+    image = chapter.to_pil(chapter.landscapes(1, 128, seed=5)[0])
     mode, noise = sd.encode_image([image]), randn(1, sd.preset.vae.z_channels, 8, 8)
     with torch.no_grad():
         std = (0.5 * sd.vae.moments(pixels([image]))[1]).exp() * sd.preset.vae.scale_factor
     assert torch.allclose(sd.encode_image([image], noise) - mode, std * noise, atol=1e-4)
     picture, back, first, sketch = chapter.round_trip(sd, "a landscape", image)
-    assert picture is image and back.size == (64, 64) and first.size == sketch.size == (8, 8)
+    assert picture is image and back.size == (128, 128) and first.size == sketch.size == (8, 8)
     assert chapter.psnr(pixels([back]), pixels([image])) > 18
     assert chapter.psnr(pixels([sketch]), chapter.shrunk(pixels([image]), mode)) > 20
 
@@ -231,7 +231,7 @@ def test_same_seed_same_numbers():
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     Image.fromarray(
-        (torch.rand(30, 44, 4, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
+        (torch.rand(60, 88, 4, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy()
     ).save(folder / "photo.png")
     done = run_forked(SCRIPT, "--quick", "--out", folder, "--photo", folder / "photo.png")
     return folder, done
@@ -244,7 +244,7 @@ def test_quick_run(quick):
         with Image.open(folder / name) as picture:
             assert 400 < picture.width <= 900
         assert (folder / name).stat().st_size <= 150_000
-    assert "the photo, 3 x 24 x 40 -> 16 x 3 x 5" in done.stdout  # 44 x 30, cut to multiples of 8
+    assert "the photo, 3 x 48 x 80 -> 16 x 3 x 5" in done.stdout  # 88 x 60, cut to multiples of 16
     std = float(re.search(r"an emoji.*std ([\d.]+)", done.stdout)[1])
     assert 0.7 < std < 1.3  # 1 over the pictures the model was made for
 
@@ -270,7 +270,7 @@ def error_line(capsys, monkeypatch, *options) -> str:
     [
         ("gone.png", None, "cannot read the picture"),
         ("text.png", b"not a picture", "cannot read the picture"),
-        ("tiny.png", (7, 40), "at least 8x8"),
+        ("tiny.png", (7, 40), "at least 16x16"),
     ],
 )
 def test_wrong_photo_gets_one_line(tmp_path, capsys, monkeypatch, name, content, words):

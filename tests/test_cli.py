@@ -47,7 +47,7 @@ def test_first_command_of_the_readme(tmp_path):
     assert done.stderr.count("built-in model") == 1 and "--ckpt" in done.stderr
     assert done.stdout == "a-red-apple.png\n"
     picture = array(tmp_path / "a-red-apple.png")
-    assert picture.shape == (64, 64, 3)
+    assert picture.shape == (128, 128, 3)
     drawn = picture[picture.min(-1) < 200].mean(0)
     assert drawn[0] > drawn[1] + 50 and drawn[0] > drawn[2] + 50
 
@@ -320,8 +320,8 @@ def test_little_strength_keeps_the_picture(tmp_path, capsys):
 
     A blue disc comes back within the VAE's precision; at strength 1 it is gone.
     """
-    shape = Image.radial_gradient("L").resize((64, 64)).point(lambda v: 255 * (v < 90))
-    blue, white = (Image.new("RGB", (64, 64), color) for color in ("blue", "white"))
+    shape = Image.radial_gradient("L").resize((128, 128)).point(lambda v: 255 * (v < 90))
+    blue, white = (Image.new("RGB", (128, 128), color) for color in ("blue", "white"))
     disc = Image.composite(blue, white, shape)
     disc.save(tmp_path / "disc.png")
     error = {}

@@ -22,7 +22,8 @@ from tests.training import (  # noqa: F401
 )
 
 
-def test_two_processes_equal_one_with_twice_the_batch(grouped, five, tmp_path, capsys):  # noqa: F811
+def test_two_processes_equal_one_with_twice_the_batch(
+        grouped, five, tmp_path, capsys):  # noqa: F811
     """And two passes of half the batch too.
 
     20 steps: losses, weights and averages, by DDP and FSDP. One process resumes the run of two.

@@ -80,4 +80,4 @@ def test_fork_trains_saves_loads_and_draws(fork: Path, pictures: Path, tmp_path:
     edits_attention = fork.stem in ("linear_attention", "rope")
     assert ("model.CrossAttention was edited" in warned) == edits_attention
     with Image.open(folder / "apple.png") as image:
-        assert image.size == (64, 64) and image.convert("L").getextrema()[1] > 0
+        assert image.size == (128, 128) and image.convert("L").getextrema()[1] > 0

@@ -45,7 +45,7 @@ def test_the_core_alone_draws_the_same_picture(tmp_path):
     found = apple(alone, tmp_path / "alone.npy", extras=False)
     plain = apple(ROOT, tmp_path / "plain.npy", extras=True, options=", fast=False")
     fast = apple(ROOT, tmp_path / "fast.npy", extras=True)
-    assert found.shape == (64, 64, 3) and found.std() > 30
+    assert found.shape == (128, 128, 3) and found.std() > 30
     assert np.array_equal(found, plain)
     assert psnr(found, fast) >= 50
 

@@ -57,7 +57,8 @@ def finished(process: multiprocessing.Process, log: Path) -> None:
 
 @pytest.mark.parametrize("number", KILLS)
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_killed_training_goes_on(kind, number, grouped, five, shards, start, tmp_path):  # noqa: F811
+def test_killed_training_goes_on(
+        kind, number, grouped, five, shards, start, tmp_path):  # noqa: F811
     """Killed twice, from the first step on, also while it writes: it saves at every second step."""
     data = five if kind == "folder" else shards
     words = ["train.py", "--data", data, "--init", grouped, "--train", "unet", "--batch", 2,
