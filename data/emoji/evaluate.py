@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(HERE.parents[1]))
 
+from extras import int8
 from sd import StableDiffusion, pixels
 
 CAPTIONS = [
@@ -354,9 +355,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--sampler")
+    parser.add_argument("--int8", action="store_true", help="as sd.py --int8")
     parser.add_argument("--sheet", help="write a sheet of 24 prompts here and stop")
     args = parser.parse_args()
     sd = StableDiffusion.load(args.ckpt)
+    if args.int8:
+        int8.attach(sd)
     options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
     if args.sheet:
         contact_sheet(sd, options).save(args.sheet)
