@@ -43,7 +43,11 @@ class Tokenizer:
         self.bpe, self.pad, self.length = load_bpe(), pad, length
 
     def tokenize(self, text: str) -> list[Token]:
-        """All tokens of a prompt, without start, end and padding."""
+        """All tokens of a prompt, without start, end and padding.
+
+        Raises UnicodeEncodeError for half a character (a lone surrogate).
+        """
+        text.encode()  # the error of `tokenizers` would not say what is wrong
         found = self.bpe.encode(text)
         return [Token(*one) for one in zip(found.ids, found.tokens, found.offsets, found.word_ids)]
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
@@ -17,23 +18,32 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run_forked(program: str | Path, *words: object, folder: Path = ROOT) -> CompletedProcess:
     """Run the program in that folder, with one thread."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
     with TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
-        args = [str(program), *map(str, words)]
-        process = context.Process(target=run_program, args=(folder, out, err, args))
-        process.start()
+        process = start_forked(program, *words, folder=folder, out=out, err=err)
         process.join(600)
         process.kill()
         process.join()
+        args = [str(program), *map(str, words)]
         return CompletedProcess(args, process.exitcode, out.read_text(), err.read_text())
 
 
-def run_program(folder: Path, out: Path, err: Path, args: list[str]) -> None:
+def start_forked(program: str | Path, *words: object, out: Path, err: Path, folder: Path = ROOT,
+                 **env: str) -> BaseProcess:
+    """The same, still running. What it prints is added to the files."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    args = [str(program), *map(str, words)]
+    process = context.Process(target=run_program, args=(folder, out, err, args, env))
+    process.start()
+    return process
+
+
+def run_program(folder: Path, out: Path, err: Path, args: list[str], env: dict[str, str]) -> None:
     for number, path in ((1, out), (2, err)):
-        with open(path, "w") as file:
+        with open(path, "a") as file:
             os.dup2(file.fileno(), number)
+    os.environ.update(env)
     import torch
 
     torch.set_num_threads(1)    # threads wait for each other on a busy machine

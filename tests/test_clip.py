@@ -55,3 +55,8 @@ def test_text_is_causal():
                              "I book a ticket to buy that car"])["context"]
     assert torch.equal(a[:8], b[:8]) and not torch.allclose(a[8], b[8])  # start and seven words
     assert not torch.allclose(a[2], a[8])  # "book" twice: one row of the table, two vectors
+
+
+def test_half_a_character_is_named():
+    with pytest.raises(UnicodeEncodeError, match=r"'\\ud800' in position 2"):
+        Tokenizer()(["a cat", "a \ud800 cat"])

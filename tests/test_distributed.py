@@ -1,9 +1,7 @@
 """Many processes: they compute what one would, and survive being killed and stopped."""
-import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ import torch
 from sd import StableDiffusion
 from tests.test_kills import KILLS
 from tests.training import (  # noqa: F401
-    finished,
+    all_finished,
     five,
     grouped,
     metrics,
+    ranks,
     shards,
     torchrun,
     trained,
@@ -36,7 +35,8 @@ def test_two_processes_equal_one_with_twice_the_batch(
     for name, (n, *more) in runs.items():
         args = [*common, *more, "--steps", 20, "--out", tmp_path / name]
         if n:
-            finished(torchrun(n, *args))
+            log = tmp_path / f"{name}.log"
+            all_finished(ranks(n, log, *args), log)
         else:
             trained(capsys, *args)
     losses = {name: np.array([line["loss"] for line in metrics(tmp_path / name)])
@@ -58,7 +58,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
 
 @pytest.mark.parametrize("number", KILLS)
 def test_killed_and_stopped_anywhere_it_resumes(number, grouped, shards, tmp_path):  # noqa: F811
-    """Two processes on shards, with a worker each.
+    """Two processes on shards, with a worker each. torchrun hands on a SIGTERM.
 
     SIGKILL to all at a random step, later SIGTERM: the result is that of an uninterrupted run,
     bit for bit.
@@ -66,31 +66,35 @@ def test_killed_and_stopped_anywhere_it_resumes(number, grouped, shards, tmp_pat
     common = ["--data", shards, "--init", grouped, "--batch", 2, "--steps", 24, "--shuffle", 7,
               "--workers", 1, "--save-every", 3, "--log-every", 1, "--sample-every", 0,
               "--device", "cpu"]
-    finished(torchrun(2, *common, "--out", tmp_path / "whole"))
+    log = tmp_path / "log"
+    all_finished(ranks(2, log, *common, "--out", tmp_path / "whole"), log)
 
-    def wait_for(process, step):
+    def wait_for(step, runs):
         def reached():
             path = tmp_path / "cut/metrics.jsonl"
             return path.exists() and metrics(tmp_path / "cut")[-1]["step"] >= step
-        while process.poll() is None and not reached():
+        while runs() and not reached():
             time.sleep(0.05)
-        assert process.poll() is None, process.communicate()[0]
 
+    processes = ranks(2, log, *common, "--out", tmp_path / "cut")
+    wait_for(random.randint(4, 10), processes[0].is_alive)
+    for process in processes:
+        assert process.is_alive(), log.read_text()
+        process.kill()
+    for process in processes:
+        process.join()
     process = torchrun(2, *common, "--out", tmp_path / "cut")
-    wait_for(process, random.randint(4, 10))
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in [process.pid, *map(int, children)]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    process = torchrun(2, *common, "--out", tmp_path / "cut")
-    wait_for(process, 13)
+    wait_for(13, lambda: process.poll() is None)
+    assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGTERM)
     out = process.communicate()[0]
     assert "stopped and saved" in out, out
     StableDiffusion.load(tmp_path / "cut/model.safetensors").generate("7", steps=1)
     step = torch.load(tmp_path / "cut/state.pt")["step"]
     assert 13 <= step < 24
-    assert f"steps {step} to 24" in finished(torchrun(2, *common, "--out", tmp_path / "cut"))
+    log = tmp_path / "log-of-the-last"
+    resumed = all_finished(ranks(2, log, *common, "--out", tmp_path / "cut"), log)
+    assert f"steps {step} to 24" in resumed
     whole, cut = (torch.load(tmp_path / run / "state.pt") for run in ("whole", "cut"))
     for key in ("params", "ema"):
         assert all(torch.equal(a, b) for a, b in zip(whole[key], cut[key], strict=True))

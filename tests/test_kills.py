@@ -2,20 +2,18 @@
 
 KILLS=30 does each of them so often; so often too for two processes, in test_distributed.py.
 """
-import multiprocessing
 import os
 import random
-import runpy
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from tests.forked import LIBRARIES
+from tests.forked import start_forked
 from tests.training import (  # noqa: F401
     ROOT,
     five,
@@ -27,30 +25,15 @@ from tests.training import (  # noqa: F401
 KILLS = range(int(os.environ.get("KILLS", 1)))
 
 
-def run_program(words: list[str], log: Path) -> None:
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    sys.argv = words
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-
-
 @pytest.fixture
-def start(tmp_path) -> Callable[..., multiprocessing.Process]:
-    """`python program.py words` in a process of its own, forked from one that has torch."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-
-    def start(*words: object) -> multiprocessing.Process:
-        process = context.Process(target=run_program,
-                                  args=([str(word) for word in words], tmp_path / "log"))
-        process.start()
-        return process
+def start(tmp_path) -> Callable[..., BaseProcess]:
+    """`python program.py words` in a process of its own."""
+    def start(program: str, *words: object) -> BaseProcess:
+        return start_forked(ROOT / program, *words, out=tmp_path / "log", err=tmp_path / "log")
     return start
 
 
-def finished(process: multiprocessing.Process, log: Path) -> None:
+def finished(process: BaseProcess, log: Path) -> None:
     process.join(300)
     assert process.exitcode == 0, log.read_text()
 

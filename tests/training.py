@@ -3,12 +3,14 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from extras import cli
 from extras.formats import save
 from model import UNetConfig
 from sd import Preset, StableDiffusion
+from tests.forked import start_forked
 from vae import VAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +159,24 @@ def torchrun(n: int, *args: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *map(str, args)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def ranks(n: int, log: Path, *args: object) -> list[BaseProcess]:
+    """train.py in n processes as torchrun starts them, without its seconds of imports."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [start_forked(ROOT / "train.py", *args, out=log, err=log, RANK=str(i),
+                         LOCAL_RANK=str(i), **{name: str(value) for name, value in env.items()})
+            for i in range(n)]
+
+
+def all_finished(processes: list[BaseProcess], log: Path) -> str:
+    for process in processes:
+        process.join(600)
+        assert process.exitcode == 0, log.read_text()
+    return log.read_text()
 
 
 def finished(process: subprocess.Popen) -> str:
