@@ -177,9 +177,3 @@ def all_finished(processes: list[BaseProcess], log: Path) -> str:
         process.join(600)
         assert process.exitcode == 0, log.read_text()
     return log.read_text()
-
-
-def finished(process: subprocess.Popen) -> str:
-    out = process.communicate()[0]
-    assert process.returncode == 0, out
-    return out
