@@ -8,7 +8,8 @@ Read this file first, then model.py (the UNet), sampler.py, clip.py and vae.py. 
 What else the command can do is attached from outside, in extras/.
 
 Shapes: B pictures, 77 tokens, D width of a token's vector, Z latent channels (4 in SD 1.x), H W
-picture size, h = H/f and w = W/f latent size, f = 8. Sampling runs in fp32 with any weights.
+picture size, h = H/f and w = W/f latent size, f = 8 (built-in: 16). Sampling runs in fp32 with any
+weights.
 """
 if __name__ == "__main__":  # the command stands first: it sets up the process before torch is there
     from extras.cli import main

@@ -1,6 +1,7 @@
 """The autoencoder: pictures to latents and back (the KL-regularised VAE of latent diffusion).
 
-Diffusion works on latents, which are f = 2^(levels - 1) times smaller per side than the picture.
+Diffusion works on latents, which are f times smaller per side than the picture. f is
+2^(levels - 1), by the levels of the decoder.
 In SD 1.x a 3x512x512 picture (786,432 numbers) becomes a 4x64x64 latent (16,384 numbers).
 Rombach et al. 2022, section 3.1. Modules have the names of `ldm/modules/diffusionmodules/model.py`,
 which are the names in official checkpoints.

@@ -56,9 +56,9 @@ from sd import (
 class ControlNet(nn.Module):
     """A copy of a UNet's first half, on its device and in its dtype, with the names of cldm.py.
 
-    hint (1 or B, 3, 8H, 8W) in [0, 1], then the UNet's inputs: x (B, in, H, W), t (B,),
-    context (B, T, D), y or None. Returns what to add to each skip, first to last, and to the
-    middle: each (B, C_i, H_i, W_i).
+    hint (1 or B, 3, 8H, 8W) in [0, 1], or twice as large, then the UNet's inputs: x (B, in, H, W),
+    t (B,), context (B, T, D), y or None. Returns what to add to each skip, first to last, and to
+    the middle: each (B, C_i, H_i, W_i).
     """
 
     def __init__(self, unet: UNetModel):
@@ -78,9 +78,8 @@ class ControlNet(nn.Module):
                 y: Tensor | None = None) -> list[Tensor]:
         dtype = self.time_embed[0].weight.dtype
         x, hint, context = x.to(dtype), hint.to(dtype), context.to(dtype)
-        size = tuple(8 * side for side in x.shape[2:])
-        if hint.shape[2:] != size:  # the built-in model's latents are a 16th of the picture
-            hint = F.interpolate(hint, size, mode="area")
+        if hint.shape[-1] == 16 * x.shape[-1]:  # the built-in model's f is 16
+            hint = F.avg_pool2d(hint, 2)
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if y is not None:
             emb = emb + self.label_emb(y.to(dtype))
@@ -105,7 +104,7 @@ def skip_widths(config: UNetConfig) -> list[int]:
 def make_hint_block(width: int) -> nn.Sequential:
     """The hint (B, 3, 8H, 8W) -> (B, width, H, W), zero at first."""
     layers, c = [nn.Conv2d(3, 16, 3, padding=1)], 16
-    for c_out in 32, 96, 256:  # each halves the size: f = 8, as the VAE
+    for c_out in 32, 96, 256:  # each halves the size: f = 8, as the VAE of SD 1.x
         layers += [nn.SiLU(), nn.Conv2d(c, c, 3, padding=1),
                    nn.SiLU(), nn.Conv2d(c, c_out, 3, stride=2, padding=1)]
         c = c_out

@@ -322,6 +322,19 @@ def test_every_layout_holds_the_same(kind, name, tmp_path):
     assert all(torch.equal(state[key], tensor) for key, tensor in control.state_dict().items())
 
 
+def test_a_hint_of_twice_the_size_is_halved():
+    """For the built-in model, whose latents are a 16th of the picture."""
+    sd = StableDiffusion.load(BUILTIN, "cpu", torch.float32)
+    control = randomize(ControlNet(sd.unet))
+    large = torch.rand(1, 3, 128, 128)
+    inputs = torch.randn(1, 16, 8, 8), torch.tensor([500])
+    cond = sd.encode_prompt(["a red apple"])
+    with torch.no_grad():
+        found = control(large, *inputs, **cond)
+        wanted = control(torch.nn.functional.avg_pool2d(large, 2), *inputs, **cond)
+    assert all(map(torch.equal, found, wanted))
+
+
 # --- the command ---
 
 @pytest.fixture

@@ -96,10 +96,10 @@ class Options:
     seed: int = option(0, "sampling", "of the first picture, a number or random (or -1); the next "
                        "picture has seed + 1", seed, metavar="N", png="Seed")
     n: int = option(1, "sampling", "number of pictures of each prompt", int, metavar="N")
-    width: int | None = option(None, "sampling", "in pixels, a multiple of 8", int, metavar="N",
-                               shown=f"the model's; built-in {SMALL.size}")
-    height: int | None = option(None, "sampling", "in pixels, a multiple of 8", int, metavar="N",
-                                shown=f"the model's; built-in {SMALL.size}")
+    width: int | None = option(None, "sampling", "in pixels, a multiple of 8 (built-in: 16)", int,
+                               metavar="N", shown=f"the model's; built-in {SMALL.size}")
+    height: int | None = option(None, "sampling", "in pixels, a multiple of 8 (built-in: 16)", int,
+                                metavar="N", shown=f"the model's; built-in {SMALL.size}")
 
     init: str | None = option(
         None, "pictures from pictures", "start from this picture, cropped to the size, instead of "

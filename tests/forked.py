@@ -48,7 +48,7 @@ def run_program(folder: Path, out: Path, err: Path, args: list[str], env: dict[s
 
     torch.set_num_threads(1)    # threads wait for each other on a busy machine
     os.chdir(folder)
-    # as `python program.py`: the program's folder first, and not this project's
+    # as `python program.py`: the program's folder first, and no other of this project
     program = Path(args[0]).resolve()
     elsewhere = [path for path in sys.path if Path(path).resolve() != ROOT]
     sys.path[:] = [str(program.parent), *elsewhere]

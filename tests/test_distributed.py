@@ -77,9 +77,9 @@ def test_killed_and_stopped_anywhere_it_resumes(number, grouped, shards, tmp_pat
             time.sleep(0.05)
 
     processes = ranks(2, log, *common, "--out", tmp_path / "cut")
-    wait_for(random.randint(4, 10), processes[0].is_alive)
+    wait_for(random.Random(number).randint(4, 10), processes[0].is_alive)
+    assert all([process.is_alive() for process in processes]), log.read_text()
     for process in processes:
-        assert process.is_alive(), log.read_text()
         process.kill()
     for process in processes:
         process.join()

@@ -25,11 +25,11 @@ import sd as core
 from clip import MERGES
 from extras import edit, formats, prediction
 from extras.diffusers_names import diffusers_name, drop_unused_layers, names_in_folder
-from extras.diffusers_save import to_folder_layout
+from extras.diffusers_save import pipeline_class, to_folder_layout
 from extras.formats import official_state_dict, save
 from extras.prediction import computing_in_fp32
 from sampler import PREDICTIONS, make_sigmas
-from sd import PRESETS, Preset, StableDiffusion, preset_to_dict
+from sd import PRESETS, Preset, StableDiffusion, UserError, preset_to_dict
 from tests.common import (
     PROMPTS,
     awkward_prompts,
@@ -499,6 +499,13 @@ def test_the_save_command(rows, tmp_path, capsys):  # noqa: F811
         code, err, _ = run_cli(capsys, "--save", path)
         assert code == 2 and said in err and err.count("\n") == 1
     assert not (tmp_path / "h").exists()
+
+
+def test_a_decoder_of_more_levels_has_no_folder():
+    preset = small("sd1")
+    vae = replace(preset.vae, decoder_ch_mult=(1, *preset.vae.ch_mult))
+    with pytest.raises(UserError, match="whose decoder has other levels than its encoder"):
+        pipeline_class(replace(preset, vae=vae))
 
 
 # --- the config in the metadata ---

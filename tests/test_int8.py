@@ -238,10 +238,10 @@ def test_without_vnni_weights_have_seven_bits(monkeypatch):
 # --- the command ---
 
 def test_the_built_in_model_draws_nearly_the_same():
-    """Two of the 24 prompts of `tools/bench.py int8`."""
+    """Two of the 24 prompts of `tools/bench.py int8`: 43.6 dB, 35.6 at least."""
     plain, sd = (StableDiffusion.load(None, "cpu", torch.float32) for _ in range(2))
     int8.attach(sd)
-    for prompt, least in {"a red apple": 34, "a blue cat": 38}.items():     # measured above
+    for prompt, least in {"a red apple": 34, "a blue cat": 39}.items():     # 35.6, 41.1
         assert psnr(sd.generate(prompt)[0], plain.generate(prompt)[0]) > least
 
 

@@ -173,7 +173,11 @@ def ranks(n: int, log: Path, *args: object) -> list[BaseProcess]:
 
 
 def all_finished(processes: list[BaseProcess], log: Path) -> str:
-    for process in processes:
-        process.join(600)
-        assert process.exitcode == 0, log.read_text()
+    try:
+        for process in processes:
+            process.join(600)
+            assert process.exitcode == 0, log.read_text()
+    finally:
+        for process in processes:   # if one failed, the others wait for it
+            process.kill()
     return log.read_text()

@@ -50,6 +50,7 @@ from clip import EOS, Tokenizer
 from extras.files import make_folder, on_white, read_image
 from extras.formats import save
 from sd import PRESETS, StableDiffusion, pixels
+from vae import AutoencoderKL
 
 TOKENS = 24  # the longest caption of compose.py
 
@@ -177,7 +178,8 @@ def found_synonyms(model: Encoders, tokenizer: Tokenizer, z: Tensor,
 def make_model(vae: str | None) -> StableDiffusion:
     """A new model with this VAE and with vectors.py's token table."""
     old = StableDiffusion.load(vae, "cpu", torch.float32)
-    sd = StableDiffusion(replace(PRESETS["emoji"], vae=old.preset.vae))
+    sd = StableDiffusion(replace(PRESETS["emoji"], vae=old.preset.vae,
+                                 size=old.preset.size))
     sd.vae.load_state_dict(old.vae.state_dict())
     table = sd.text_encoders[0].embeddings.token_embedding.requires_grad_(False)
     vectors = load_file(HERE / "vectors.safetensors")["embeddings.token_embedding.weight"]
@@ -189,7 +191,15 @@ def make_model(vae: str | None) -> StableDiffusion:
 def latents(sd: StableDiffusion, paths: list[Path]) -> Tensor:
     batches = [paths[i:i + 16] for i in range(0, len(paths), 16)]
     images = ([on_white(read_image(path)) for path in batch] for batch in batches)
-    return torch.cat([sd.vae.moments(pixels(some))[0].half() for some in images])
+    return torch.cat([moments(sd.vae, pixels(some)).half() for some in images])
+
+
+def moments(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    """Pictures of 64x64, of any size that the VAE reads as 8x8 latents -> these, their mean."""
+    side = 8 * vae.config.downsampling
+    if x.shape[-1] != side:
+        x = F.interpolate(x, (side, side), mode="bicubic")
+    return vae.moments(x)[0]
 
 
 class Data:
@@ -206,7 +216,7 @@ class Data:
         for kind in ("known", "colours", "pairs"):
             prompts, pictures = quiz(kind, 200, emoji)
             with torch.no_grad():
-                self.quizzes[kind] = sd.vae.moments(pixels(pictures))[0], prompts
+                self.quizzes[kind] = moments(sd.vae, pixels(pictures)), prompts
 
     def batch(self, tokenizer: Tokenizer, size: int, rng: random.Random) -> tuple[Tensor, Tensor]:
         """Latents and tokens; a fifth from train/, the rest composed."""

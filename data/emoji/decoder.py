@@ -6,7 +6,7 @@
 Run prepare.py and originals.py first. The encoder, its latents and the UNet stay as they are. The
 new decoder has one upsampling level more than the encoder. It starts as the old decoder: wider
 levels compute what the narrow ones did (Net2Net, Chen et al. 2016), and the new level enlarges
-their picture.
+their picture. A model that has the larger decoder already is trained further.
 
 The loss is that of extras/vae_loss.py, late in the training with a discriminator. The latents that
 it is for are the UNet's, not the encoder's. So they get a little noise (--noise), and a share of

@@ -124,5 +124,9 @@ def test_a_trained_model_draws_128_pixels_and_goes_on(tmp_path, monkeypatch, emo
     for name, tensor in base.state_dict().items():  # all but the decoder is as it was
         if not name.startswith(("first_stage_model.decoder", "first_stage_model.post_quant")):
             torch.testing.assert_close(first.state_dict()[name], tensor, atol=1e-3, rtol=1e-3)
+    monkeypatch.setattr(sys, "argv", ["decoder.py", "--out", str(tmp_path / "x"), "--all",
+                                      "--ch-mult", "1", "1", "2", "2", "4"])
+    with pytest.raises(SystemExit, match="a larger decoder already: give --ch-mult 1 1 2 4 4"):
+        decoder.main()
     weight = "conv_out.weight"
     assert not torch.equal(*(sd.vae.decoder.state_dict()[weight] for sd in (first, second)))
