@@ -10,12 +10,15 @@ import os
 import random
 import resource
 import signal
+import socket
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache
 from itertools import chain, takewhile
@@ -143,17 +146,45 @@ def attempt(case: Callable[[], object]) -> None:
             assert 0 < len(str(error)) < 5000
 
 
+STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
+          "socket.connect", "socket.getaddrinfo"}
+WATCHED: list[str] = ["off"]    # what a case did that no case may do
+
+
+def watch(event: str, args: tuple) -> None:
+    """An audit hook: programs, requests, and files written outside the folder for temporary ones.
+
+    It notes them, because what it raised might be caught where a damaged file is expected.
+    """
+    if WATCHED[:1] == ["off"]:
+        return
+    if event in STARTS:
+        WATCHED.append(f"{event} {args[:1]}")
+    elif event == "open" and isinstance(args[0], str) and isinstance(args[1], str) \
+            and set(args[1]) & set("wax+"):
+        inside = Path(tempfile.gettempdir()).resolve() in Path(args[0]).resolve().parents
+        if not inside and "__pycache__" not in args[0]:
+            WATCHED.append(f"writes {args[0]}")
+
+
+sys.addaudithook(watch)
+
+
 def run_cases(reader: str, count: int, case: Callable[[random.Random, int], object]) -> None:
     before, stop = peak_memory(), time.time() + float(os.environ.get("FUZZ_SECONDS", 0))
     numbers = chain(FOUND.get(reader, ()), range(count),
                     takewhile(lambda _: time.time() < stop, itertools.count(count)))
     for number in numbers:
         rng = random.Random(f"{reader} {number}")
+        WATCHED.clear()
         try:
             attempt(lambda: case(rng, number))
+            assert not WATCHED
         except Exception as error:
             error.add_note(f"reader {reader}, case {number}")
             raise
+        finally:
+            WATCHED[:] = ["off"]
     assert peak_memory() - before < MOST_MEMORY
 
 
@@ -458,3 +489,19 @@ def test_captions(tmp_path, capsys):
         finally:
             file.unlink()
     run_cases("captions", 120, case)
+
+
+def test_the_watch_sees_programs_requests_and_files(tmp_path):
+    WATCHED.clear()
+    try:
+        (tmp_path / "x").write_text("allowed")
+        assert not WATCHED
+        with suppress(OSError):
+            open("/nowhere/x", "w")
+        with suppress(OSError):
+            socket.create_connection(("localhost", 1))
+        subprocess.run(["true"])
+        seen = [line.split()[0] for line in WATCHED]
+    finally:
+        WATCHED[:] = ["off"]
+    assert {"writes", "socket.connect", "subprocess.Popen"} <= set(seen)
