@@ -123,21 +123,25 @@ def test_vae_matches_diffusers(name):
 def references(vae: AutoencoderKL):
     """diffusers' VAEs with this encoder and with this decoder: one VAE, but for the built-in model.
     Its decoder has one level more than its encoder, which diffusers' cannot have."""
-    config, found = vae.config, []
-    for part, ch_mult in ("encoder", config.ch_mult), ("decoder", config.decoder_ch_mult):
-        if config.decoder_ch_mult is None:
-            whole = vae
-        else:
-            same_levels = replace(config, ch_mult=ch_mult, decoder_ch_mult=None)
-            whole = randomize(on_meta(AutoencoderKL, same_levels))
-            for name in part, "quant_conv", "post_quant_conv":
-                whole.get_submodule(name).load_state_dict(vae.get_submodule(name).state_dict())
+    def reference(whole: AutoencoderKL):
         state = with_prefix("first_stage_model.", whole.state_dict())
-        found.append(reference_vae(whole.config, state))
-        assert count_epsilons(whole) == count_epsilons(found[-1])
-        if whole is vae:
-            return found[0], found[0]
-    return found
+        theirs = reference_vae(whole.config, state)
+        assert count_epsilons(whole) == count_epsilons(theirs)
+        return theirs
+
+    def with_part(part: str, ch_mult: tuple[int, ...]) -> AutoencoderKL:
+        """As many levels in both halves, and this half is the one of `vae`."""
+        whole = on_meta(AutoencoderKL, replace(config, ch_mult=ch_mult, decoder_ch_mult=None))
+        randomize(whole)
+        for name in part, "quant_conv", "post_quant_conv":
+            whole.get_submodule(name).load_state_dict(vae.get_submodule(name).state_dict())
+        return whole
+
+    config = vae.config
+    if config.decoder_ch_mult is None:
+        return [reference(vae)] * 2
+    return [reference(with_part("encoder", config.ch_mult)),
+            reference(with_part("decoder", config.decoder_ch_mult))]
 
 
 # --- whole pictures against diffusers' pipelines. More numbers of steps: tests/test_sampler.py ---

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from clip import BOS, EOS, CLIPTextModel, Tokenizer
 from extras.captions import PICTURES, Sample, list_folder
+from extras.checks import reason
 from extras.distributed import barrier
 from extras.files import atomic_write, follow_umask, is_text, make_folder, read_image
 from extras.locks import release_locks
@@ -155,7 +156,7 @@ def load_with_workers(dataset: Dataset, workers: int,
             raise
         raise UserError("a process of --workers ended or found no memory: try fewer workers, or "
                         "a larger /dev/shm. The same command resumes from what was saved. "
-                        f"({str(error).splitlines()[0]})") from error
+                        f"({reason(error)})") from error
     finally:
         if workers:
             end_workers(batches)

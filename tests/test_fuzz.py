@@ -148,23 +148,30 @@ def attempt(case: Callable[[], object]) -> None:
 
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
           "socket.connect", "socket.getaddrinfo"}
-WATCHED: list[str] = ["off"]    # what a case did that no case may do
+WATCHING: list[list[str]] = []   # what is watched notes here what it did and may not
+
+
+@contextmanager
+def watched() -> Iterator[list[str]]:
+    """Gives the list of programs, requests and files outside that the block starts or writes."""
+    WATCHING.append([])
+    try:
+        yield WATCHING[-1]
+    finally:
+        WATCHING.pop()
 
 
 def watch(event: str, args: tuple) -> None:
-    """An audit hook: programs, requests, and files written outside the folder for temporary ones.
-
-    It notes them, because what it raised might be caught where a damaged file is expected.
-    """
-    if WATCHED[:1] == ["off"]:
+    """An audit hook. It only notes: what it raised might be caught where damage is expected."""
+    if not WATCHING:
         return
     if event in STARTS:
-        WATCHED.append(f"{event} {args[:1]}")
+        WATCHING[-1].append(f"{event} {args[:1]}")
     elif event == "open" and isinstance(args[0], str) and isinstance(args[1], str) \
             and set(args[1]) & set("wax+"):
         inside = Path(tempfile.gettempdir()).resolve() in Path(args[0]).resolve().parents
         if not inside and "__pycache__" not in args[0]:
-            WATCHED.append(f"writes {args[0]}")
+            WATCHING[-1].append(f"writes {args[0]}")
 
 
 sys.addaudithook(watch)
@@ -176,15 +183,13 @@ def run_cases(reader: str, count: int, case: Callable[[random.Random, int], obje
                     takewhile(lambda _: time.time() < stop, itertools.count(count)))
     for number in numbers:
         rng = random.Random(f"{reader} {number}")
-        WATCHED.clear()
         try:
-            attempt(lambda: case(rng, number))
-            assert not WATCHED
+            with watched() as seen:
+                attempt(lambda: case(rng, number))
+            assert not seen
         except Exception as error:
             error.add_note(f"reader {reader}, case {number}")
             raise
-        finally:
-            WATCHED[:] = ["off"]
     assert peak_memory() - before < MOST_MEMORY
 
 
@@ -492,16 +497,12 @@ def test_captions(tmp_path, capsys):
 
 
 def test_the_watch_sees_programs_requests_and_files(tmp_path):
-    WATCHED.clear()
-    try:
+    with watched() as seen:
         (tmp_path / "x").write_text("allowed")
-        assert not WATCHED
+        assert not seen
         with suppress(OSError):
             open("/nowhere/x", "w")
         with suppress(OSError):
             socket.create_connection(("localhost", 1))
         subprocess.run(["true"])
-        seen = [line.split()[0] for line in WATCHED]
-    finally:
-        WATCHED[:] = ["off"]
-    assert {"writes", "socket.connect", "subprocess.Popen"} <= set(seen)
+    assert {"writes", "socket.connect", "subprocess.Popen"} <= {line.split()[0] for line in seen}

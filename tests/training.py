@@ -166,9 +166,10 @@ def ranks(n: int, log: Path, *args: object) -> list[BaseProcess]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    env = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "MASTER_ADDR": "localhost",
+           "MASTER_PORT": str(port)}
     return [start_forked(ROOT / "train.py", *args, out=log, err=log, RANK=str(i),
-                         LOCAL_RANK=str(i), **{name: str(value) for name, value in env.items()})
+                         LOCAL_RANK=str(i), **env)
             for i in range(n)]
 
 

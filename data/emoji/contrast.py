@@ -178,8 +178,7 @@ def found_synonyms(model: Encoders, tokenizer: Tokenizer, z: Tensor,
 def make_model(vae: str | None) -> StableDiffusion:
     """A new model with this VAE and with vectors.py's token table."""
     old = StableDiffusion.load(vae, "cpu", torch.float32)
-    sd = StableDiffusion(replace(PRESETS["emoji"], vae=old.preset.vae,
-                                 size=old.preset.size))
+    sd = StableDiffusion(replace(PRESETS["emoji"], vae=old.preset.vae, size=old.preset.size))
     sd.vae.load_state_dict(old.vae.state_dict())
     table = sd.text_encoders[0].embeddings.token_embedding.requires_grad_(False)
     vectors = load_file(HERE / "vectors.safetensors")["embeddings.token_embedding.weight"]
@@ -195,7 +194,8 @@ def latents(sd: StableDiffusion, paths: list[Path]) -> Tensor:
 
 
 def moments(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Pictures of 64x64, of any size that the VAE reads as 8x8 latents -> these, their mean."""
+    """Pictures (B, 3, 64, 64) -> the mean of their latents (B, Z, 8, 8). A VAE of larger pictures
+    is given them enlarged."""
     side = 8 * vae.config.downsampling
     if x.shape[-1] != side:
         x = F.interpolate(x, (side, side), mode="bicubic")
