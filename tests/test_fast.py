@@ -520,6 +520,26 @@ def test_attention_of_bf16_on_a_cpu_goes_in_blocks(monkeypatch):
     assert relative_error(fused.double(), exact) < 0.01
 
 
+@pytest.mark.parametrize("tokens", [77, 256, 257])
+def test_attention_in_training_in_bf16(monkeypatch, tokens):
+    """Values and gradients against float64; the plain products up to 256 tokens."""
+    q, k, v = (torch.randn(2, n, 3, 40).bfloat16().transpose(1, 2).requires_grad_()
+               for n in (60, tokens, tokens))
+    called, products = [], fast.attention_by_products
+    monkeypatch.setattr(fast, "attention_by_products",
+                        lambda *given: called.append(1) or products(*given))
+    h = fast.attention(q, k, v)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*exact)
+    g = torch.randn(h.shape).bfloat16()
+    h.backward(g)
+    expected.backward(g.double())
+    assert len(called) == (tokens <= 256) and h.dtype == torch.bfloat16
+    assert relative_error(h.detach().double(), expected.detach()) < 0.01
+    for x, y in zip((q, k, v), exact):
+        assert relative_error(x.grad.double(), y.grad) < 0.01
+
+
 @pytest.mark.parametrize("tokens", [2047, 2048])
 def test_attention_of_many_tokens(tokens):
     q, k, v = (torch.randn(1, tokens, 2 * 8).unflatten(-1, (2, 8)).transpose(1, 2)

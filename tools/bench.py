@@ -30,7 +30,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
@@ -62,6 +62,7 @@ Seconds = dict[str, list[float]]
 def in_turns(rounds: int, **actions: Action) -> Seconds:
     """Seconds of each action, once a round, after one round that does not count."""
     seconds: Seconds = {name: [] for name in actions}
+    others, began = cpu_of_others(), time.perf_counter()
     for turn in range(rounds + 1):
         for name, action in actions.items():
             start = time.perf_counter()
@@ -69,7 +70,35 @@ def in_turns(rounds: int, **actions: Action) -> Seconds:
             synchronize()
             if turn > 0:
                 seconds[name].append(time.perf_counter() - start)
+    say_what_else_ran(others, time.perf_counter() - began)
     return seconds
+
+
+def cpu_of_others() -> dict[tuple[int, str], float]:
+    """Seconds of CPU that each process has used which is not of this program, on Linux."""
+    parents, used = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            before, _, after = path.read_text(errors="replace").rpartition(")")
+            fields, pid = after.split(), int(path.parent.name)
+            parents[pid] = int(fields[1])
+            ticks = int(fields[11]) + int(fields[12])
+            used[pid, before.partition("(")[2]] = ticks / os.sysconf("SC_CLK_TCK")
+
+    def ours(pid: int) -> bool:
+        return pid == os.getpid() or pid in parents and ours(parents[pid])
+    return {key: seconds for key, seconds in used.items() if not ours(key[0])}
+
+
+def say_what_else_ran(before: dict[tuple[int, str], float], elapsed: float) -> None:
+    """A line if other programs took more than a hundredth of a core."""
+    shares = {key: (seconds - before.get(key, 0)) / elapsed
+              for key, seconds in cpu_of_others().items()}
+    busy = sorted(((share, name) for (_, name), share in shares.items() if share > 0.01),
+                  reverse=True)
+    if busy:
+        print("meanwhile ran, in cores: "
+              + ", ".join(f"{name} {share:.2f}" for share, name in busy[:5]), flush=True)
 
 
 def in_processes(rounds: int, **builders: Callable[[], Action]) -> Seconds:
@@ -436,10 +465,16 @@ def draw_size(path: str, device: str, dtype: str, side: str, low: str) -> None:
 
 def write_files(tmp: str, theirs: bool) -> None:
     """In its own process: the greatest memory of a process counts from that of its parent."""
-    writer = multiprocessing.get_context("spawn").Process(target=write_files_here,
-                                                          args=(tmp, theirs))
-    writer.start()
-    writer.join()
+    in_its_own_process(write_files_here, tmp, theirs)
+
+
+def in_its_own_process(function: Callable[..., None], *arguments: object) -> None:
+    """Its memory is given back when it ends."""
+    child = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit(f"bench.py: {function.__name__} failed")
 
 
 def write_files_here(tmp: str, theirs: bool) -> None:
@@ -554,13 +589,17 @@ def bench_openvino(dtype: torch.dtype, device: str, rounds: int) -> None:
     steps = {"this": partial(our_step, dtype, device),
              "this, --int8": partial(our_step, dtype, device, how="int8")}
     decoding = {"this": partial(our_decoding, dtype, device)}
-    if "openvino" not in missing:
-        steps[name] = partial(openvino_step, dtype)
-        decoding[name] = partial(openvino_decoding, dtype)
-    if not missing:
-        steps["OpenVINO, int8"] = partial(openvino_step, dtype, calibrated=True)
-    table("guided step, 512x512", in_processes(rounds, **steps), digits=3)
-    table("decoding, 512x512", in_processes(rounds, **decoding), digits=3)
+    with tempfile.TemporaryDirectory() as tmp:
+        if "openvino" not in missing:
+            in_its_own_process(convert, f"{tmp}/unet.xml", "unet", False)
+            in_its_own_process(convert, f"{tmp}/vae.xml", "vae", False)
+            steps[name] = partial(openvino_step, f"{tmp}/unet.xml", dtype)
+            decoding[name] = partial(openvino_decoding, f"{tmp}/vae.xml", dtype)
+        if not missing:
+            in_its_own_process(convert, f"{tmp}/int8.xml", "unet", True)
+            steps["OpenVINO, int8"] = partial(openvino_step, f"{tmp}/int8.xml", dtype)
+        table("guided step, 512x512", in_processes(rounds, **steps), digits=3)
+        table("decoding, 512x512", in_processes(rounds, **decoding), digits=3)
 
 
 class Answer(nn.Module):
@@ -574,27 +613,41 @@ class Answer(nn.Module):
         return getattr(self.network, self.method)(*given, return_dict=False)[0]
 
 
-def openvino_network(name: str, method: str, dtype: torch.dtype, given: tuple[torch.Tensor, ...],
-                     calibrated: bool = False) -> Callable[..., object]:
-    """diffusers' network in OpenVINO, for inputs of these shapes; `calibrated`: in 8 bits."""
+def openvino_inputs(name: str) -> list[torch.Tensor]:
+    if name == "vae":
+        return [torch.randn(1, 4, 64, 64)]
+    return [torch.randn(2, 4, 64, 64), torch.tensor(500), torch.randn(2, 77, 768)]
+
+
+def convert(path: str, name: str, calibrated: bool) -> None:
+    """Write diffusers' network as OpenVINO's file, for inputs of these shapes.
+
+    `calibrated`: in 8 bits.
+    """
     import openvino
-    module = Answer(their_network(name, torch.float32, "cpu", False), method)
-    converted = openvino.convert_model(module, example_input=given,
+    network, given = their_network(name, torch.float32, "cpu", False), openvino_inputs(name)
+    module = Answer(network, {"unet": "forward", "vae": "decode"}[name])
+    converted = openvino.convert_model(module, example_input=tuple(given),
                                        input=[tuple(x.shape) for x in given])
-    inputs = [x.numpy() for x in given]
     if calibrated:
         import nncf
-        converted = nncf.quantize(converted, nncf.Dataset([inputs]), subset_size=1,
+        dataset = nncf.Dataset([[x.numpy() for x in given]])
+        converted = nncf.quantize(converted, dataset, subset_size=1,
                                   model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(converted, path, compress_to_fp16=False)
+
+
+def openvino_network(path: str, name: str, dtype: torch.dtype) -> Callable[[], np.ndarray]:
+    import openvino
     hints = {"INFERENCE_PRECISION_HINT": {torch.bfloat16: "bf16"}.get(dtype, "f32"),
              "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(converted, "CPU", hints)
+    compiled = openvino.compile_model(path, "CPU", hints)
+    inputs = [x.numpy() for x in openvino_inputs(name)]
     return lambda: compiled(inputs)[0]
 
 
-def openvino_step(dtype: torch.dtype, calibrated: bool = False) -> Action:
-    given = torch.randn(2, 4, 64, 64), torch.tensor(500), torch.randn(2, 77, 768)
-    unet = openvino_network("unet", "forward", dtype, given, calibrated)
+def openvino_step(path: str, dtype: torch.dtype) -> Action:
+    unet = openvino_network(path, "unet", dtype)
 
     def step() -> np.ndarray:
         uncond, cond = np.split(unet(), 2)
@@ -602,8 +655,8 @@ def openvino_step(dtype: torch.dtype, calibrated: bool = False) -> Action:
     return step
 
 
-def openvino_decoding(dtype: torch.dtype) -> Action:
-    return openvino_network("vae", "decode", dtype, (torch.randn(1, 4, 64, 64),))
+def openvino_decoding(path: str, dtype: torch.dtype) -> Action:
+    return openvino_network(path, "vae", dtype)
 
 
 def bench_train(dtype: torch.dtype, device: str, rounds: int) -> None:

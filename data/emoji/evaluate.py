@@ -1,10 +1,11 @@
 """Does the built-in model draw what the prompt asks for?
 
     python data/emoji/evaluate.py [--ckpt FILE] [--n 200] [--guidance G] [--steps N]
+    python data/emoji/evaluate.py --seeds 12 --n 100
     python data/emoji/evaluate.py --sheet docs/emoji.png
 
-The first prints a table, the second draws 24 prompts. Run data/emoji/prepare.py first, and
-classify.py for the second judge.
+The first prints a table, the second looks at many seeds of one prompt, the third draws 24 prompts.
+Run data/emoji/prepare.py first, and classify.py for the second judge.
 
 There are n prompts of each kind, chosen at random with a fixed seed. Each is drawn once with the
 default settings, picture i from seed i:
@@ -25,14 +26,20 @@ the prompt says, then encoded and decoded by the model's VAE): the most that can
                 Numbers and places: each square of 30 pixels where one is asked for; the whole
                 picture is right if all of them are.
     classifier  the same questions, asked of classify.py's network.
+
+With --seeds, n names are drawn, each from so many seeds. A picture is right if it, or its mirror
+image, is nearest to a picture of its name. The distance of the pictures of one name to each other
+says how much seeds matter.
 """
 import argparse
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import combinations, islice, product
+from statistics import median
 
 import numpy as np
 import torch
@@ -335,6 +342,32 @@ def table(draw: Callable[[list[str]], Images], vae: Callable[[Images], Images], 
     return rows, apart
 
 
+def seeds_table(draw: Callable[[list[str]], Images], n: int, seeds: int, emoji: Emoji) -> None:
+    """Print how many pictures of n names are right, and how far apart those of one name lie."""
+    judges = [Nearest(emoji)] + ([Classifier(emoji)] if FILE.exists() else [])
+    names = sorted({name for name, _ in emoji})
+    names = random.Random("0 seeds").sample(names, min(n, len(names)))
+    wrong, apart = [Counter() for _ in judges], []
+    for name in names:
+        images = draw([with_article(name)] * seeds)
+        for judge, found in zip(judges, wrong):
+            found[name] = sum(not either_way_round(judge, name, image) for image in images)
+        features = [feature(image) for image in images]
+        apart.append(median(255 * np.square(a - b).mean() ** 0.5
+                            for a, b in combinations(features, 2)))
+    for judge, found in zip(judges, wrong):
+        print(f"{type(judge).__name__}: {100 - 100 * found.total() / len(names) / seeds:.1f}% of "
+              f"{len(names)} names, {seeds} seeds each, are right; wrong: "
+              + ", ".join(f"{name} {count}" for name, count in found.most_common() if count))
+    print(f"Median distance at 16x16, in 255ths, of two pictures of one name: {median(apart):.1f}")
+
+
+def either_way_round(judge: Nearest | Classifier, name: str, image: Image.Image) -> bool:
+    """Whether the picture shows the name, or its mirror image does: training has seen both."""
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return any(judge.names(one)[0][0] == name for one in (image, mirrored))
+
+
 def median_distance(pairs: list[tuple[np.ndarray, Image.Image]]) -> float:
     """The median of the distances of pictures to the nearest of their features."""
     return float(np.median([distances(features, image).min() for features, image in pairs]))
@@ -356,6 +389,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--sampler")
     parser.add_argument("--int8", action="store_true", help="as sd.py --int8")
+    parser.add_argument("--seeds", type=int, help="draw n names from so many seeds, and stop")
     parser.add_argument("--sheet", help="write a sheet of 24 prompts here and stop")
     args = parser.parse_args()
     sd = StableDiffusion.load(args.ckpt)
@@ -380,6 +414,9 @@ def main() -> None:
         large = [image.resize(sides, Image.Resampling.BICUBIC) for image in images]
         return [reduced(sd.decode_latents(sd.encode_image([image]))[0]) for image in large]
 
+    if args.seeds:
+        seeds_table(draw, args.n, args.seeds, emoji)
+        return
     captions = json.loads(sd.metadata.get("captions", "[]"))
     print_table(*table(draw, through_vae, args.n, emoji, captions))
 
