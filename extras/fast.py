@@ -11,7 +11,8 @@ What becomes faster:
     CrossAttention    keys and values of a text are computed once, not at every step
     Upsample          a transposed convolution with 4 products instead of 9
     UNetModel         what comes before the text is computed once for the two halves of guidance;
-                      on CUDA, steps are recorded and replayed
+                      on CUDA, steps are recorded and replayed; in bf16 on CPUs, its weights are
+                      kept in the order of oneDNN (packed.py)
 Results that are kept depend on tensors, so they are only used while these are the same tensors,
 unchanged. They are kept outside of the modules: copies and files of modules know nothing of them.
 With gradients nothing is kept. Hooks are always called, with the whole batch.
@@ -32,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import model
 import vae
+from extras import packed
 from extras.deepcache import DeepCachedBlock
 from extras.fingerprints import is_current
 from extras.memory import AMX, give_back_freed_memory, keep_freed_memory, layout, loading, to
@@ -56,6 +58,7 @@ def optimize(sd: object) -> None:
 def restore(sd: object) -> None:
     """Undo `optimize`."""
     for network in (sd.unet, sd.vae, *sd.text_encoders):
+        packed.unpack(network)
         for module in network.modules():
             if type(module) in STANDS_IN_FOR:
                 module.__class__ = STANDS_IN_FOR[type(module)]
@@ -149,8 +152,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The same for training on small pictures in bf16, on CPUs: the fused kernel goes back slowly.
 
-    64 rows of 3 heads of 64 tokens of 32, there and back, 2 cores of an Intel Xeon with AMX: 4.7 ms,
-    by the fused kernel 20 ms, by PyTorch's own products 10 ms. In fp32 4.7, 3.7 and 6.4 ms.
+    64 rows of 3 heads of 64 tokens of 32, there and back, on 2 cores of an Intel Xeon with AMX:
+    4.7 ms, by the fused kernel 20 ms, by PyTorch's own products 10 ms. In fp32 4.7, 3.7, 6.4 ms.
     """
     heads = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))  # 'b h t d -> (b h) t d'
@@ -268,6 +271,7 @@ class FastUNetModel(model.UNetModel):
         dtype = self.out[2].weight.dtype
         if context.dtype != dtype:  # else the cast would be a new tensor at every step
             context = keep(CASTS, self, context, [], partial(context.to, dtype))
+        packed.pack(self, {nn.Linear, FastLinear, nn.Conv2d}, read_at_each_call(self))
         USED.add(self)
         shared = y is None and w is None and self.can_share(x, t, context)
         if x.device.type == GRAPH_DEVICE and type(self) is FastUNetModel:
@@ -337,6 +341,17 @@ class FastUNetModel(model.UNetModel):
             return out.clone()
         del kept[key]
         return self.compute(x, t, cond, shared)
+
+
+def read_at_each_call(unet: nn.Module) -> set[nn.Module]:
+    """Layers whose weights the code here looks at, which would unpack them."""
+    found = {unet.out[2]}
+    for module in unet.modules():
+        if type(module) is FastCrossAttention:
+            found |= {module.to_k, module.to_v}
+        elif isinstance(module, model.Upsample):
+            found.add(module.conv)
+    return found
 
 
 class Graph:
@@ -494,7 +509,7 @@ def is_known(module: nn.Module) -> bool:
     return known and not has_hooks(module) and not captured
 
 
-ALIKE: set[type] = set()  # further classes that treat all rows alike: int8.py adds its own
+ALIKE = {packed.PackedLinear, packed.PackedConv2d}  # they treat rows alike; int8.py adds its own
 
 
 @cache

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import model
-from extras import fast
+from extras import fast, packed
 from extras.memory import PIECE, give_back_freed_memory
 from sd import UserError
 
@@ -46,6 +46,7 @@ def attach(sd: object) -> None:
     Raises UserError where this cannot be done: on GPUs, in fp16, for networks of other kinds.
     """
     check(sd.device, sd.dtype)
+    packed.unpack(sd.unet)
     found = list(layers(sd.unet))
     if not found and not any(isinstance(layer, Int8) for layer in sd.unet.modules()):
         raise UserError(f"--int8 knows the layers of UNetModel, and finds none in this"
