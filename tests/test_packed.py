@@ -57,7 +57,8 @@ def assert_same_state(found: nn.Module, expected: nn.Module) -> None:
     ours, theirs = found.state_dict(), expected.state_dict()
     assert list(ours) == list(theirs)
     for name in ours:
-        assert torch.equal(ours[name], theirs[name]) and ours[name].stride() == theirs[name].stride()
+        assert torch.equal(ours[name], theirs[name])
+        assert ours[name].stride() == theirs[name].stride()
     assert [name for name, _ in found.named_parameters()] == [
         name for name, _ in expected.named_parameters()]
 
