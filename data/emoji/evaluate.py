@@ -77,7 +77,8 @@ OTHERS = [
     "a kitten", "a burger", "a blue heart next to a red apple", "three stars",
     "a rocket on a blue background", "a small dog on the left", "a cat next to a dog"]
 BARS = {  # the rows of the table, and the % that was aimed at
-    "captions: name": 60, "captions: name, of the nearest five": 80, "captions: style": 90,
+    "captions: name": 60, "captions: name, or mirrored": None,
+    "captions: name, of the nearest five": 80, "captions: style": 90,
     "synonyms: name, of the nearest five": 30,
     "colours: hue and shape": 60, "colours: hue": None, "colours: shape": None,
     "pairs: both halves": 40, "pairs: one half or both": None,
@@ -307,7 +308,8 @@ def right(kind: str, judge: Nearest | Classifier, asked: Asked,
     five = {f"{kind}: name, of the nearest five": any(name in asked.names for name in names)}
     if kind == "synonyms":
         return five
-    return {"captions: name": names[0] in asked.names, **five,
+    return {"captions: name": names[0] in asked.names,
+            "captions: name, or mirrored": either_way_round(judge, asked.names[0], image), **five,
             "captions: style": judge.style(image) == asked.style}
 
 
