@@ -44,6 +44,8 @@ def run_program(folder: Path, out: Path, err: Path, args: list[str], env: dict[s
         with open(path, "a") as file:
             os.dup2(file.fileno(), number)
     os.environ.update(env)
+    # a server of its own for DataLoader would outlive a kill
+    multiprocessing.set_start_method(None, force=True)
     import torch
 
     torch.set_num_threads(1)    # threads wait for each other on a busy machine
