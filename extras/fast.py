@@ -150,10 +150,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same for training on small pictures in bf16, on CPUs: the fused kernel goes back slowly.
+    """The same by plain products: in bf16 on CPUs the fused kernel's backward pass is slow.
 
-    64 rows of 3 heads of 64 tokens of 32, there and back, on 2 cores of an Intel Xeon with AMX:
-    4.7 ms, by the fused kernel 20 ms, by PyTorch's own products 10 ms. In fp32 4.7, 3.7, 6.4 ms.
+    Forward and backward of 64 rows of 3 heads of 64 tokens of 32, on 2 cores of an Intel Xeon with
+    AMX: 4.7 ms, by the fused kernel 20 ms, by PyTorch's MATH kernel 10 ms. In fp32 4.7, 3.7, 6.4.
     """
     heads = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))  # 'b h t d -> (b h) t d'
@@ -271,7 +271,8 @@ class FastUNetModel(model.UNetModel):
         dtype = self.out[2].weight.dtype
         if context.dtype != dtype:  # else the cast would be a new tensor at every step
             context = keep(CASTS, self, context, [], partial(context.to, dtype))
-        packed.pack(self, {nn.Linear, FastLinear, nn.Conv2d}, read_at_each_call(self))
+        if dtype == torch.bfloat16 and x.device.type == "cpu" and packed.pays():
+            packed.pack(self, {nn.Linear, FastLinear, nn.Conv2d}, read_at_each_call(self))
         USED.add(self)
         shared = y is None and w is None and self.can_share(x, t, context)
         if x.device.type == GRAPH_DEVICE and type(self) is FastUNetModel:
@@ -509,7 +510,8 @@ def is_known(module: nn.Module) -> bool:
     return known and not has_hooks(module) and not captured
 
 
-ALIKE = {packed.PackedLinear, packed.PackedConv2d}  # they treat rows alike; int8.py adds its own
+# further classes that treat all rows alike: int8.py adds its own
+ALIKE: set[type] = {packed.PackedLinear, packed.PackedConv2d}
 
 
 @cache

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import model
 from extras import fast, packed
-from extras.memory import PIECE, give_back_freed_memory
+from extras.memory import PIECE, cpu_has, give_back_freed_memory
 from sd import UserError
 
 OPS = torch.ops.onednn
@@ -71,8 +71,7 @@ def check(device: str | torch.device, dtype: torch.dtype) -> None:
 
 def has_vnni() -> bool:
     """Whether the CPU multiplies whole numbers of 8 bits and adds the products in 32 bits."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+    return cpu_has("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def layers(module: nn.Module, name: str = "") -> Iterator[nn.Module]:

@@ -14,8 +14,15 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-AMX = torch.cpu.get_capabilities().get("amx_bf16", False)  # Intel's unit for matrices
-PIECE = 2**18                                              # numbers that fit a CPU's cache
+
+def cpu_has(*names: str) -> bool:
+    """Whether the CPU has one of these instruction sets, by PyTorch's names."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in names)
+
+
+AMX = cpu_has("amx_bf16")  # Intel's unit for matrices
+PIECE = 2**18              # numbers that fit a CPU's cache
 
 
 def to(tensor: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:

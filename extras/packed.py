@@ -1,8 +1,8 @@
 """Keep weights in the order in which oneDNN multiplies them: `pack(unet)`. For bf16 on CPUs.
 
-oneDNN brings a plain weight into an order of its own at every call. Done once, linear layers and
-convolutions of SD 1.x take 0.82 of their time (512x512, 2 cores of an Intel Xeon with AMX; on an
-AMD EPYC with AVX-512-bf16 0.96). It takes 0.8 s, so less than five steps.
+oneDNN brings a plain weight into an order of its own at every call. If that is done once, a guided
+step of SD 1.x at 512x512 takes 0.9 of its time (2 cores of an Intel Xeon with AMX; on an AMD EPYC
+with AVX-512-bf16 a prototype took 0.94). Packing takes about a second. It pays after five steps.
 
 A packed layer does not hold its weight twice. Whoever looks at its weight or its parameters (to
 save them, to add a LoRA, to move them) gets them as they were, to the bit, and the layer is plain
@@ -15,8 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from extras.memory import cpu_has
+
 OPS = torch.ops.mkldnn
-LEAST = 2**16    # numbers in a weight: below, a call takes no less time
+LEAST = 2**16    # numbers in a weight: smaller layers take little of a step
 MOST_TIMES = 5   # a layer whose weight is looked at again and again stays plain
 TIMES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how often it was packed
 LOCK = threading.RLock()
@@ -25,15 +27,15 @@ LOCK = threading.RLock()
 @cache
 def pays() -> bool:
     """Whether the CPU multiplies bf16 itself."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_tile"))
+    return cpu_has("avx512_bf16", "amx_bf16")
 
 
 def pack(network: nn.Module, kinds: set[type], kept: set[nn.Module]) -> None:
-    """Pack the layers of these classes but for `kept`, where that pays."""
-    for layer in network.modules() if pays() else ():
-        if type(layer) in kinds and layer not in kept and can_pack(layer):
-            pack_layer(layer)
+    """Pack the layers of these classes but for `kept`."""
+    for layer in network.modules():
+        with LOCK:  # else two threads could pack one layer
+            if type(layer) in kinds and layer not in kept and can_pack(layer):
+                pack_layer(layer)
 
 
 def unpack(network: nn.Module) -> None:
@@ -53,18 +55,19 @@ def can_pack(layer: nn.Module) -> bool:
             and TIMES.get(layer, 0) < MOST_TIMES)
 
 
+@torch.no_grad()
 def pack_layer(layer: nn.Module) -> None:
-    with LOCK, torch.no_grad():
-        weight = vars(layer)["_parameters"]["weight"]
-        if isinstance(layer, nn.Conv2d):
-            packed = OPS._reorder_convolution_weight(weight, layer.padding, layer.stride,
-                                                     layer.dilation, layer.groups)
-        else:
-            packed = OPS._reorder_linear_weight(weight)
-        vars(layer)["packed"] = packed, weight.stride(), type(layer)
-        layer.__class__ = PACKED[nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear]
-        del vars(layer)["_parameters"]["weight"]
-        TIMES[layer] = TIMES.get(layer, 0) + 1
+    weight, cls = vars(layer)["_parameters"]["weight"], type(layer)
+    if isinstance(layer, nn.Conv2d):
+        packed = OPS._reorder_convolution_weight(weight, layer.padding, layer.stride,
+                                                 layer.dilation, layer.groups)
+        layer.__class__ = PackedConv2d
+    else:
+        packed = OPS._reorder_linear_weight(weight)
+        layer.__class__ = PackedLinear
+    vars(layer)["packed"] = packed, weight.stride(), cls
+    del vars(layer)["_parameters"]["weight"]
+    TIMES[layer] = TIMES.get(layer, 0) + 1
 
 
 def unpack_layer(layer: nn.Module) -> None:
@@ -74,11 +77,9 @@ def unpack_layer(layer: nn.Module) -> None:
             return
         packed, stride, cls = vars(layer).pop("packed")
         weight = torch.empty_strided(packed.shape, stride, dtype=packed.dtype)
-        parameters = vars(layer)["_parameters"]
-        others = dict(parameters)
-        parameters.clear()  # the weight comes first again
-        parameters["weight"] = nn.Parameter(weight.copy_(packed.to_dense()), requires_grad=False)
-        parameters.update(others)
+        weight = nn.Parameter(weight.copy_(packed.to_dense()), requires_grad=False)
+        # another dict, with the weight first again: a thread may be reading the bias of this one
+        vars(layer)["_parameters"] = {"weight": weight, **vars(layer)["_parameters"]}
         layer.__class__ = cls
 
 
@@ -93,11 +94,6 @@ class Packed:
     def _parameters(self) -> dict:
         unpack_layer(self)
         return vars(self)["_parameters"]
-
-    @_parameters.setter
-    def _parameters(self, value: dict) -> None:
-        unpack_layer(self)
-        vars(self)["_parameters"] = value
 
     @property
     def weight(self) -> Tensor:
@@ -127,9 +123,6 @@ class PackedConv2d(Packed, nn.Conv2d):
             return plain(self, x)
         return OPS._convolution_pointwise(x, found[0], self.bias, self.padding, self.stride,
                                           self.dilation, self.groups, "none", [], "")
-
-
-PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
 
 
 def fits(x: Tensor) -> bool:

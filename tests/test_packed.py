@@ -230,9 +230,10 @@ def test_restored_and_rounded():
 
 
 @torch.no_grad()
-def test_two_threads():
-    """One draws while the other looks at weights."""
-    sd, right, failed = drawn_model(), drawn_model().unet(*inputs()), []
+@pytest.mark.parametrize("second", ["looks", "draws"])
+def test_two_threads(second):
+    """One draws, packing from the start, while the other looks at weights or draws too."""
+    sd, right, failed = plain_model(), drawn_model().unet(*inputs()), []
 
     def draw():
         for _ in range(20):
@@ -250,7 +251,8 @@ def test_two_threads():
                 work()
         except Exception as error:
             failed.append(repr(error))
-    threads = [threading.Thread(target=guarded, args=(work,)) for work in (draw, look)]
+    works = draw, {"looks": look, "draws": draw}[second]
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:

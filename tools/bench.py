@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r requirements-test.txt
     python tools/bench.py                 the tables of PARTS: a quarter of an hour on 2 cores
     python tools/bench.py step vae        only these
-    python tools/bench.py run share sizes int8 openvino
+    python tools/bench.py run share sizes packed int8 openvino
                                           MORE, which take as long again and longer
     python tools/bench.py step load --against ../old
                                           this and the other checkout, without diffusers
@@ -43,7 +43,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip import Tokenizer
-from extras import edit, fast, int8, lowmem
+from extras import edit, fast, int8, lowmem, packed
 from extras.deepcache import deepcache
 from extras.options import DTYPES
 from sampler import NoiseSchedule, cfg, make_denoiser
@@ -222,7 +222,7 @@ def run(args: list, cwd: Path = ROOT) -> tuple[float, str]:
 def our_network(name: str, dtype: torch.dtype, device: str, how: str = "fast") -> nn.Module:
     """Random weights, as `load` converts them, of this network alone: all take half a minute.
 
-    `how`: "plain", "fast" or "int8".
+    `how`: "plain", "fast", "unpacked" (fast, but for its weights' order) or "int8".
     """
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -242,6 +242,8 @@ def our_network(name: str, dtype: torch.dtype, device: str, how: str = "fast") -
         fast.optimize(sd)
     if how == "int8":
         int8.attach(sd)
+    if how == "unpacked":
+        packed.pays = lambda: False  # in this process
     return network
 
 
@@ -531,7 +533,15 @@ def bench_share(dtype: torch.dtype, device: str, rounds: int) -> None:
           in_turns(rounds, **{"whole": step, "between two whole ones": step}))
 
 
-# --- 8 bits, and OpenVINO ---
+# --- weights in oneDNN's order, 8 bits, and OpenVINO ---
+
+def bench_packed(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """A guided step in bf16 with packed weights, and without."""
+    ways = {"this": "fast", "this, weights not packed": "unpacked"}
+    table("guided step, 512x512, bf16", in_processes(rounds, **{
+        name: partial(our_step, torch.bfloat16, device, how=how) for name, how in ways.items()}),
+        digits=3)
+
 
 def bench_int8(dtype: torch.dtype, device: str, rounds: int) -> None:
     """--int8: a guided step, the memory it takes, and what it changes."""
@@ -757,8 +767,8 @@ def figures(said: str) -> list[tuple[str, float]]:
 
 PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text,
          "load": bench_load, "builtin": bench_builtin, "train": bench_train}
-MORE = {"run": bench_run, "share": bench_share, "sizes": bench_sizes, "int8": bench_int8,
-        "openvino": bench_openvino}
+MORE = {"run": bench_run, "share": bench_share, "sizes": bench_sizes, "packed": bench_packed,
+        "int8": bench_int8, "openvino": bench_openvino}
 TAKE_AGAINST = "step", "vae", "text", "load", "builtin", "run"
 
 

@@ -38,7 +38,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations, islice, product
+from itertools import islice, product
 from statistics import median
 
 import numpy as np
@@ -315,6 +315,11 @@ def right(kind: str, judge: Nearest | Classifier, asked: Asked,
 
 # --- the table ---
 
+def make_judges(emoji: Emoji) -> list[Nearest | Classifier]:
+    """The second one only if classify.py has trained it."""
+    return [Nearest(emoji)] + ([Classifier(emoji)] if FILE.exists() else [])
+
+
 def table(draw: Callable[[list[str]], Images], vae: Callable[[Images], Images], n: int,
           emoji: Emoji, captions: list[str] | None = None
           ) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -322,9 +327,7 @@ def table(draw: Callable[[list[str]], Images], vae: Callable[[Images], Images], 
 
     The percentages: nearest, nearest of true pictures, classifier, classifier of true pictures.
     """
-    judges = [Nearest(emoji)]
-    if FILE.exists():
-        judges.append(Classifier(emoji))
+    judges = make_judges(emoji)
     rows, apart = {}, {}
     for kind in KINDS:
         asked = ask(kind, n, emoji, captions)
@@ -346,7 +349,7 @@ def table(draw: Callable[[list[str]], Images], vae: Callable[[Images], Images], 
 
 def seeds_table(draw: Callable[[list[str]], Images], n: int, seeds: int, emoji: Emoji) -> None:
     """Print how many pictures of n names are right, and how far apart those of one name lie."""
-    judges = [Nearest(emoji)] + ([Classifier(emoji)] if FILE.exists() else [])
+    judges = make_judges(emoji)
     names = sorted({name for name, _ in emoji})
     names = random.Random("0 seeds").sample(names, min(n, len(names)))
     wrong, apart = [Counter() for _ in judges], []
@@ -354,9 +357,9 @@ def seeds_table(draw: Callable[[list[str]], Images], n: int, seeds: int, emoji: 
         images = draw([with_article(name)] * seeds)
         for judge, found in zip(judges, wrong):
             found[name] = sum(not either_way_round(judge, name, image) for image in images)
-        features = [feature(image) for image in images]
-        apart.append(median(255 * np.square(a - b).mean() ** 0.5
-                            for a, b in combinations(features, 2)))
+        features = np.stack([feature(image) for image in images])
+        apart.append(median(distance for i, image in enumerate(images)
+                            for distance in distances(features[:i], image)))
     for judge, found in zip(judges, wrong):
         print(f"{type(judge).__name__}: {100 - 100 * found.total() / len(names) / seeds:.1f}% of "
               f"{len(names)} names, {seeds} seeds each, are right; wrong: "
@@ -394,6 +397,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="draw n names from so many seeds, and stop")
     parser.add_argument("--sheet", help="write a sheet of 24 prompts here and stop")
     args = parser.parse_args()
+    if args.seeds is not None and args.seeds < 2:
+        parser.error("--seeds must be at least 2, to compare their pictures")
     sd = StableDiffusion.load(args.ckpt)
     if args.int8:
         int8.attach(sd)
@@ -416,7 +421,7 @@ def main() -> None:
         large = [image.resize(sides, Image.Resampling.BICUBIC) for image in images]
         return [reduced(sd.decode_latents(sd.encode_image([image]))[0]) for image in large]
 
-    if args.seeds:
+    if args.seeds is not None:
         seeds_table(draw, args.n, args.seeds, emoji)
         return
     captions = json.loads(sd.metadata.get("captions", "[]"))

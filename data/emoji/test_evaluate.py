@@ -77,6 +77,26 @@ def judged(emoji) -> dict[str, dict]:
     return {"right": table(0), "wrong": table(1)}
 
 
+def test_many_seeds_of_one_name(emoji, monkeypatch, capsys):
+    """True pictures and mirrored ones are right, another's is not; and how far two lie apart."""
+    monkeypatch.setattr(evaluate, "FILE", HERE / "no such file")
+    true = {name: evaluate.on_background(emoji[name, "3d"]) for name in NAMES}
+
+    def draw(prompts: list[str]) -> list[Image.Image]:
+        name = next(name for name in NAMES if evaluate.with_article(name) == prompts[0])
+        mirrored = true[name].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        other = true["snake"] if name == "bell" else true[name]
+        return [true[name], mirrored, other]
+    evaluate.seeds_table(draw, 100, 3, emoji)
+    said = capsys.readouterr().out
+    assert "97.2% of 12 names, 3 seeds each, are right; wrong: bell 1\n" in said
+
+    def two_grays(prompts: list[str]) -> list[Image.Image]:
+        return [Image.new("RGB", (64, 64), (level,) * 3) for level in (100, 130)]
+    evaluate.seeds_table(two_grays, 100, 2, emoji)
+    assert capsys.readouterr().out.endswith("of two pictures of one name: 30.0\n")
+
+
 def test_true_pictures_are_right(judged):
     for row, (nearest, nearest_true) in judged["right"].items():
         assert nearest == nearest_true >= 90, row
