@@ -28,7 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+try:
+    import torch  # it takes a second, in which Ctrl-C may come
+except KeyboardInterrupt:
+    sys.exit("train.py: stopped")
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -600,6 +603,9 @@ def main() -> None:
         except UserError as error:
             print(f"train.py: {printable(error)}", file=sys.stderr)
             status = 2
+        except KeyboardInterrupt:
+            print("train.py: stopped before the first step", file=sys.stderr)
+            status = 130
     distributed.end_process(status)
 
 

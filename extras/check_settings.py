@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from extras.distributed import world_size
-from extras.settings import check_ranges, option
+from extras.settings import check_ranges, flag
 from extras.shards import is_shards
 from sd import PRESETS, UserError
 
@@ -33,7 +33,7 @@ def check_settings(s) -> None:
                         f"({', '.join(PRESETS)})")
     for name, (fits, use) in uses(s, bool(shards)).items():
         if getattr(s, name) and not fits:
-            raise UserError(f"{option(name)} is for {use}")
+            raise UserError(f"{flag(name)} is for {use}")
     if s.train == "word" and not s.placeholder_token:
         raise UserError("--train word needs --placeholder-token, such as <cat-toy>")
 
@@ -77,7 +77,7 @@ def check_same_run(s, before: dict) -> None:
     changed = []
     for name, value in stored_settings(s).items():
         if before.get(name, value) != value:
-            shown = name if " " in name else option(name)
+            shown = name if " " in name else flag(name)
             changed.append(f"{shown} was {before[name]!r} and is {value!r}")
     if changed and not s.resume:
         raise UserError(f"{s.out} holds a run with other settings ({'; '.join(changed)}): give "

@@ -17,6 +17,7 @@ from extras import a1111
 from extras.files import MAX_PIXELS
 from extras.png_info import NO_SETTINGS, read_png, to_text
 from extras.samplers import sampler_and_spacing, spacing_name
+from extras.settings import Parser, flag
 from sampler import PREDICTIONS, SAMPLERS, SPACINGS
 from sd import BUILTIN, PRESETS, UserError
 
@@ -199,17 +200,7 @@ ELSEWHERE = {  # what other programs call it
 }
 
 
-def flag(name: str) -> str:
-    """The option of a field."""
-    return "--" + name.replace("_", "-")
-
-
 # --- the command line ---
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
 
 def make_parser() -> Parser:
     """Without defaults: it gives only what the user gave."""

@@ -21,15 +21,20 @@ def setting(default: object, help: str, old: str = "", least: float | None = Non
                                             "choices": choices, "free": free})
 
 
-def option(name: str) -> str:
-    """max_grad_norm -> --max-grad-norm"""
+def flag(name: str) -> str:
+    """The option of a field: max_grad_norm -> --max-grad-norm"""
     return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message)
 
 
 def parse(kind: type, description: str, args: list[str] | None = None) -> Any:
     """The command line as a `kind`. Raises UserError for an unknown option or a wrong value."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(kind):
         how = {"dest": f.name, "default": f.default, "help": f.metadata["help"]}
         if f.type == list[str]:
@@ -40,13 +45,13 @@ def parse(kind: type, description: str, args: list[str] | None = None) -> Any:
             how |= {"type": f.type, "metavar": f.name.split("_")[-1].upper()}
             if f.default != "":
                 how["help"] += f" ({f.default})"
-        parser.add_argument(option(f.name), **how)
+        parser.add_argument(flag(f.name), **how)
         if f.metadata["old"]:
             how |= {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS, "required": False}
-            parser.add_argument(option(f.metadata["old"]), **how)
+            parser.add_argument(flag(f.metadata["old"]), **how)
     given, unknown = parser.parse_known_args(args)
     if unknown:
-        raise UserError(unknown_option(unknown[0], [option(f.name) for f in fields(kind)]))
+        raise UserError(unknown_option(unknown[0], [flag(f.name) for f in fields(kind)]))
     return kind(**vars(given))
 
 
@@ -62,7 +67,7 @@ def check_ranges(settings: Any) -> None:
         value = getattr(settings, f.name)
         least, choices = f.metadata["least"], f.metadata["choices"]
         if least is not None and value < least:
-            raise UserError(f"{option(f.name)} must be at least {least}, not {value}")
+            raise UserError(f"{flag(f.name)} must be at least {least}, not {value}")
         if choices and value not in choices:
             known = ", ".join(choice for choice in choices if choice)
-            raise UserError(f"{option(f.name)} takes {known}; not {value!r}")
+            raise UserError(f"{flag(f.name)} takes {known}; not {value!r}")

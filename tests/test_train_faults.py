@@ -84,6 +84,32 @@ def test_a_misspelt_row_is_told(args, capsys):
     assert "no row of PRESETS (sd1" in refused(capsys, *args, "--init", "emojii", "--steps", 1)
 
 
+@pytest.mark.parametrize("given, said", [
+    (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["--stepss", "3"], "did you mean --steps?")])
+def test_a_wrong_option_is_one_line(args, capsys, given, said):
+    assert said in refused(capsys, *args, *given)
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(args, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_module, "load_model", interrupt)
+    code, err, _ = command(train_module.main, capsys, *args)
+    assert (code, err) == (130, "train.py: stopped before the first step\n")
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line():
+    code = ("import builtins, runpy; usual = builtins.__import__\n"
+            "def interrupt(name, *rest):\n"
+            "    if name == 'torch': raise KeyboardInterrupt\n"
+            "    return usual(name, *rest)\n"
+            "builtins.__import__ = interrupt\n"
+            "runpy.run_path('train.py', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "train.py: stopped\n"
+
+
 def test_only_what_killed_runs_left_is_removed(args, tmp_path, capsys):
     """By its name, and while no process holds it."""
     out = tmp_path / "out"

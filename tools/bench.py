@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r requirements-test.txt
     python tools/bench.py                 the tables of PARTS: a quarter of an hour on 2 cores
     python tools/bench.py step vae        only these
-    python tools/bench.py run share sizes packed int8 openvino
+    python tools/bench.py run share sizes packed compiled int8 openvino
                                           MORE, which take as long again and longer
     python tools/bench.py step load --against ../old
                                           this and the other checkout, without diffusers
@@ -52,6 +52,7 @@ from sd import PRESETS, StableDiffusion, best_device_and_dtype
 # A guided step at 512x512 as written: two rows through the UNet (lecture/unet.py counts them).
 GFLOP = 2 * 803
 PROMPT = "a photograph of an astronaut riding a horse"
+RUN_STEPS = "20"
 
 Action = Callable[[], object]
 Seconds = dict[str, list[float]]
@@ -312,8 +313,9 @@ def our_step(dtype: torch.dtype, device: str, every: int | None = None,
     return lambda: (attached, denoise(x, 7.0))  # `attached` is held: dropped, its context ends
 
 
-def their_step(device: str, dtype: torch.dtype, channels_last: bool) -> Action:
-    unet = their_network("unet", dtype, device, channels_last)
+def their_step(device: str, dtype: torch.dtype, channels_last: bool,
+               unet: Callable | None = None) -> Action:
+    unet = their_network("unet", dtype, device, channels_last) if unet is None else unet
     x = torch.randn(2, 4, 64, 64, device=device, dtype=dtype)
     context = torch.randn(2, 77, 768, device=device, dtype=dtype)
 
@@ -321,6 +323,20 @@ def their_step(device: str, dtype: torch.dtype, channels_last: bool) -> Action:
         uncond, cond = unet(x, 500, context, return_dict=False)[0].chunk(2)
         return uncond + 7.5 * (cond - uncond)
     return step
+
+
+def bench_compiled(dtype: torch.dtype, device: str, rounds: int) -> None:
+    """A guided step beside diffusers as its guide for speed sets it up. Compiling takes minutes."""
+    table("guided step, 512x512", in_processes(rounds, **{
+        "this": partial(our_step, dtype, device),
+        f"diffusers, {dtype_name(dtype)}, channels last, compiled":
+            partial(their_compiled_step, device, dtype)}), digits=3)
+
+
+def their_compiled_step(device: str, dtype: torch.dtype) -> Action:
+    unet = their_network("unet", dtype, device, channels_last=True)
+    unet.fuse_qkv_projections()
+    return their_step(device, dtype, True, torch.compile(unet, mode="max-autotune", fullgraph=True))
 
 
 def bench_vae(dtype: torch.dtype, device: str, rounds: int, against: Path | None = None) -> None:
@@ -393,22 +409,23 @@ def peaks(memory: dict[str, float]) -> dict[str, str]:
 
 
 def bench_run(dtype: torch.dtype, device: str, rounds: int, against: Path | None = None) -> None:
-    """A picture of 512x512 in 3 steps from process start to PNG."""
+    """A picture of 512x512 from process start to PNG."""
     name = dtype_name(dtype)
     with tempfile.TemporaryDirectory() as tmp:
         write_files(tmp, theirs=against is None)
-        options = [PROMPT, "--ckpt", f"{tmp}/sd1.safetensors", "--steps", "3", "--dtype", name,
-                   "--device", device, "--out", f"{tmp}/ours.png"]
+        options = [PROMPT, "--ckpt", f"{tmp}/sd1.safetensors", "--steps", RUN_STEPS,
+                   "--dtype", name, "--device", device, "--out", f"{tmp}/ours.png"]
         commands = {"this": [sys.executable, ROOT / "sd.py", *options]}
         if against is not None:
             commands[str(against)] = [sys.executable, against / "sd.py", *options]
         else:
             load = THEIR_LOAD.format(tmp=tmp, device=device, dtype=dtype)
             code = (f"import torch; {THEIR_IMPORTS}; {load}; "
-                    f"pipe('{PROMPT}', num_inference_steps=3).images[0].save('{tmp}/theirs.png')")
+                    f"pipe('{PROMPT}', num_inference_steps={RUN_STEPS}).images[0]"
+                    f".save('{tmp}/theirs.png')")
             commands["diffusers"] = [sys.executable, "-c", code]
         seconds, memory = time_commands(max(1, rounds - 1), commands)
-    table(f"process start to PNG, 512x512, 3 steps, {name}", seconds, more=peaks(memory))
+    table(f"process start to PNG, 512x512, {RUN_STEPS} steps, {name}", seconds, more=peaks(memory))
 
 
 def time_commands(rounds: int, commands: dict[str, list]) -> tuple[Seconds, dict[str, float]]:
@@ -768,7 +785,7 @@ def figures(said: str) -> list[tuple[str, float]]:
 PARTS = {"machine": bench_machine, "step": bench_step, "vae": bench_vae, "text": bench_text,
          "load": bench_load, "builtin": bench_builtin, "train": bench_train}
 MORE = {"run": bench_run, "share": bench_share, "sizes": bench_sizes, "packed": bench_packed,
-        "int8": bench_int8, "openvino": bench_openvino}
+        "compiled": bench_compiled, "int8": bench_int8, "openvino": bench_openvino}
 TAKE_AGAINST = "step", "vae", "text", "load", "builtin", "run"
 
 
