@@ -106,11 +106,12 @@ class CLIPTextConfig:
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"   # a row of ACTIVATIONS; OpenCLIP: "gelu"
-    clip_skip: int = 0               # 1: the vectors of the layer before the last (SD 2.x, SDXL)
+    # 0: the last layer's vectors, 1: those before (SD 2.x, SDXL); --clip-skip counts from 1
+    clip_skip: int = 0
     final_norm: bool = True          # of the tokens' vectors; the pooled vector always has it
     projection: bool = False         # of the pooled vector
     pad: int = EOS                   # the id after the end: EOS for CLIP, 0 for OpenCLIP
-    openclip: bool = False           # official files have OpenCLIP's names (see extras/formats.py)
+    openclip: bool = False           # official files have OpenCLIP's names (extras/openclip.py)
     prefix: str = "cond_stage_model.transformer.text_model."  # of its names in an official file
 
 
@@ -181,7 +182,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Causal self-attention, then an MLP, each on a normalised x and added. (B, T, D), twice."""
+    """Causal self-attention, then an MLP, each on a normalised x and added. Keeps (B, T, D)."""
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()

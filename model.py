@@ -3,10 +3,11 @@
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", section 3.3.
 Modules have the names of `ldm/modules/diffusionmodules/openaimodel.py` and
 `ldm/modules/attention.py`, which are the names in official checkpoints. One loop down and one
-loop up build SD 1.x, SD 2.x, SDXL and smaller models from one number per level.
+loop up build SD 1.x, SD 2.x, SDXL and smaller models from a few numbers per level.
 
 Shapes: B batch, C channels, H W latent size, T tokens (77 for a text, H*W for a picture),
 D width of a text token, E width of the time embedding (4 * model_channels), d width of a head.
+In (B, h, T, d) and 'b h t d', h is the number of heads.
 
     x (B,4,H,W)                                                        (B,4,H,W)
         | conv                                                             | conv
@@ -146,7 +147,10 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def guidance_embedding(w: Tensor, dim: int) -> Tensor:
-    """Guidance scales (B,) -> (B, dim), as LCM was trained: sines first, 1/10000 is reached."""
+    """Guidance scales (B,) -> (B, dim), as LCM was trained: sines first, 1/10000 is reached.
+
+    w - 1 is the scale of Luo et al. 2023.
+    """
     half = dim // 2
     exponents = torch.arange(half, dtype=torch.float32, device=w.device) / (half - 1)
     angles = 1000 * (w.float() - 1)[:, None] * torch.exp(-math.log(10000) * exponents)
@@ -171,7 +175,7 @@ class TimestepEmbedSequential(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a residual. The time adds one value per channel, everywhere.
+    """x + two 3x3 convolutions of x. The time adds one value per channel, everywhere.
 
     x (B, C_in, H, W), emb (B, E) -> (B, C_out, H, W)
     """
@@ -255,8 +259,9 @@ class BasicTransformerBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from x to the context; without a context, from x to itself.
 
-    x (B, H*W, C), context (B, T, D) -> (B, H*W, C). `size` is (H, W): attention ignores it, but
-    position embeddings need it. `capture`, if set, is called with the matrix (B, heads, H*W, T).
+    x (B, H*W, C), context (B, T, D) -> (B, H*W, C). `size` is (H, W). Attention
+    ignores it; a fork with positions needs it (examples/forks, rope). `capture`, if set, is called
+    with the matrix (B, heads, H*W, T).
     """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, config: UNetConfig):
@@ -317,7 +322,7 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half is gated by the GELU of the other. Shazeer 2020, equation 6.
+    """A linear layer whose one half is gated by the GELU of the other. Shazeer 2020, equation 5.
 
     (..., C) -> (..., C_out)
     """

@@ -3,13 +3,15 @@
 Noise is added in two ways that are the same up to a factor (Ho et al. 2020, equation 4):
     variance preserving  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps     the UNet's input
     variance exploding   x   = x_0 + sigma eps                             the samplers' x
-with sigma = sqrt((1 - abar) / abar) and x_t = x / sqrt(sigma^2 + 1).
+with sigma = sqrt((1 - abar) / abar) and x_t = x / sqrt(sigma^2 + 1). abar_t is the product of
+1 - beta over the times up to t.
 The way back is dx/dsigma = (x - D(x, sigma)) / sigma, where D, called `denoise` here, is the best
 guess of x_0 (Karras et al. 2022, equation 3; the score is (D - x) / sigma^2). A sampler is a
 generator over a list of sigmas, in fp32. It yields after each step, and the caller may look at the
 step, draw it, or stop.
 
-Shapes: x, noise, denoised (B, C, H, W) latents; sigma a float; sigmas a list that falls.
+Shapes: x, x0, denoised (B, C, H, W) latents; sigma a float. A sampler's `sigmas` is a list that
+falls, and its `noise` is a function. A schedule's `sigmas` is a tensor (1000,) that rises.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -49,7 +51,7 @@ class Prediction(NamedTuple):
     c_in: Callable
     c_skip: Callable
     c_out: Callable
-    # moves sigmas of the schedule `base` to where this type has them: for zero terminal SNR alone
+    # (sigmas, base) -> these sigmas as this type has them; most leave them (see zero_snr)
     levels: Callable[[Tensor, Tensor], Tensor] = lambda sigmas, base: sigmas
 
 
@@ -133,7 +135,7 @@ def make_denoiser(net: Callable[..., Tensor], schedule: NoiseSchedule) -> Callab
 # --- guidance ---
 
 def cfg(denoise: Callable[..., Tensor], cond: Cond, uncond: Cond, scale: float) -> Denoise:
-    """Classifier-free guidance, Ho & Salimans 2022: uncond + scale (cond - uncond).
+    """Classifier-free guidance: uncond + scale (cond - uncond). Ho & Salimans 2022; their 1 + w.
 
     `cond` and `uncond` are the prompt's and the negative prompt's, B rows each. Both go through
     the network as one batch, uncond first. At scale 1 only cond counts, and only it is computed;
@@ -255,11 +257,11 @@ SPACINGS = {f.__name__: f for f in (leading, linspace, trailing, karras, lcm)}
 class Sampler(NamedTuple):
     sample: Callable[..., Iterator[Step]]
     timestep_spacing: str          # its usual one, a name in SPACINGS
-    set_alpha_to_one: bool = True  # it ends at sigma 0; else at the first training level
+    ends_at_zero: bool = True      # its last sigma is 0; else the first training level
 
 
 SAMPLERS = {
-    "ddim": Sampler(sample_euler, "leading", set_alpha_to_one=False),  # as it was released
+    "ddim": Sampler(sample_euler, "leading", ends_at_zero=False),  # as it was released
     "ddpm": Sampler(partial(sample_euler, eta=1.0), "leading"),
     "euler": Sampler(sample_euler, "linspace"),
     "euler_a": Sampler(partial(sample_euler, eta=1.0), "linspace"),
@@ -278,6 +280,6 @@ def get_sigmas(sampler: str, steps: int, schedule: NoiseSchedule = NoiseSchedule
     spacing = SPACINGS[row.timestep_spacing if timestep_spacing is None else timestep_spacing]
     chosen = torch.tensor(spacing(steps, schedule.base), dtype=torch.float64)
     sigmas = schedule.prediction.levels(chosen, schedule.base).tolist()
-    final = 0.0 if row.set_alpha_to_one else float(schedule.sigmas[0])
+    final = 0.0 if row.ends_at_zero else float(schedule.sigmas[0])
     reached = final >= 0.999 * sigmas[-1]  # a spacing may itself go down to it
     return sigmas + [0.0 if reached else final]

@@ -10,6 +10,10 @@ What else the command can do is attached from outside, in extras/.
 Shapes: B pictures, 77 tokens, D width of a token's vector, Z latent channels (4 in SD 1.x), H W
 picture size, h = H/f and w = W/f latent size, f = 8 (built-in: 16). Sampling runs in fp32 with any
 weights.
+
+Words: sigma says how much noise there is, x = x_0 + sigma eps. denoise(x, sigma) is the guess of
+x_0. c_in(sigma) scales x for the UNet (all in sampler.py). A pooled vector stands for a whole text
+(clip.py).
 """
 if __name__ == "__main__":  # the command stands first: it sets up the process before torch is there
     from extras.cli import main
@@ -90,7 +94,7 @@ SDXL = Preset(
                     openclip=True, prefix="conditioner.embedders.1.model.")),
     size=1024, guidance=5.0, zero_negative=True)
 
-PRESETS = {  # if a file fits several rows, the first is taken
+PRESETS = {  # if nothing tells the rows of a file apart, the first is taken
     "sd1": Preset(),
     "sd1-inpaint": Preset(UNetConfig(in_channels=9)),
     "instruct-pix2pix": Preset(UNetConfig(in_channels=8)),
@@ -138,12 +142,12 @@ class StableDiffusion:
     def load(cls, path: str | Path | None = None, device: str | None = None,
              dtype: torch.dtype | None = None, preset: Preset | str | None = None,
              prediction_type: str | None = None, fast: bool = True) -> "StableDiffusion":
-        """A model from an official .safetensors file; None: the built-in model.
+        """A model from an official SD 1.x file or one of train.py; None: the built-in model.
 
-        With extras/ also a diffusers folder, a .ckpt or a name of the hub, and with `fast` at
-        speed. `preset` and `prediction_type` replace what the file says of itself. The default
-        device is the best there is, the default dtype the best for it. Raises UserError if the
-        file is missing, damaged, or no model of PRESETS.
+        With extras/ also SD 2.x and XL, a diffusers folder, a .ckpt or a name of the hub, and with
+        `fast` at speed. `preset` and `prediction_type` replace what the file says of itself. The
+        default device is the best there is, the default dtype the best for it. Raises UserError
+        if the file is missing, damaged, or no model of PRESETS.
         """
         device, dtype = best_device_and_dtype(device, dtype)
         if path is None:
@@ -151,7 +155,7 @@ class StableDiffusion:
         if EXTRAS.is_dir():  # it opens more, and does the same as what follows here
             from extras.formats import load_model
             return load_model(cls, path, device, dtype, preset, prediction_type, fast)
-        tensors, preset, metadata = open_safetensors(path, preset, prediction_type, dtype)
+        tensors, preset, metadata = open_safetensors(path, preset, prediction_type)
         try:
             return build_model(cls, preset, tensors, metadata, device, dtype)
         except UserError as error:
@@ -370,8 +374,8 @@ class LazyTensor(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def open_safetensors(path: str | Path, preset: Preset | str | None, prediction_type: str | None,
-                     dtype: torch.dtype) -> tuple[dict[str, LazyTensor], Preset, dict[str, str]]:
+def open_safetensors(path: str | Path, preset: Preset | str | None, prediction_type: str | None
+                     ) -> tuple[dict[str, LazyTensor], Preset, dict[str, str]]:
     """An official file: its tensors by name, what model it is, and its metadata."""
     try:
         file = safe_open(path, framework="pt")

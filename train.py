@@ -77,7 +77,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Settings:
+class Settings:  # a third text is an option's former name; free: may change on resuming
     data: list[str] = setting(None, "folders of pictures with captions, or tar shards")
     out: str = setting("runs/new", "folder for model.safetensors (for sd.py), state.pt (to "
                        "resume), metrics.jsonl, train.png and sample sheets", free=True)
@@ -115,7 +115,7 @@ class Settings:
     time_shift: float = setting(1.0, "above 1: more training at high noise")
     min_snr: float = setting(0.0, "gamma of min-SNR loss weights, usually 5; 0: none", least=0)
     tokens: int = setting(77, "length of captions in tokens; fewer are faster, the rest is cut; "
-                          "at 77 longer captions fill further rows",
+                          "at 77 longer captions fill further chunks",
                           least=2)
     kl: float = setting(1e-6, "weight of the VAE's KL term")
     vq: int = setting(0, "with --train vae: number of codes of a codebook; 0: the usual VAE",
@@ -145,7 +145,7 @@ class Settings:
 
     @property
     def captioned(self) -> bool:
-        """Whether a UNet is trained, or its text, and not the VAE."""
+        """Whether it trains on captions: all but the VAE."""
         return self.train not in ("vae", "decoder")
 
 
@@ -185,7 +185,7 @@ class UNetLoss(nn.Module):
         self.shown: list[str] = []  # prompts of the sample sheets
 
     def prepare(self, folders: list[Folder], rank: int, world: int) -> None:
-        """Encode what needs it only once, and choose the prompts of the sample sheets."""
+        """Encode once what stays the same, and choose the prompts of the sample sheets."""
         captions = list(dict.fromkeys(one for folder in folders for one in folder.captions))
         word = self.s.placeholder_token
         if word and folders and not any(word in caption for caption in captions):
@@ -204,7 +204,7 @@ class UNetLoss(nn.Module):
             return self.sd.vae.moments(pixels.to(self.sd.device) / 127.5 - 1)
 
     def encode_prompt(self, captions: list[str], sizes: Tensor | None) -> Cond:
-        """The UNet's inputs beside x and t, from captions of at most --tokens tokens."""
+        """The UNet's inputs beside x and t. Captions are cut or continued as --tokens says."""
         trains_text = self.s.train != "unet" and torch.is_grad_enabled()
         scope = text_scope(self.sd.text_encoders, self.s.tokens, self.text_cache)
         with scope, torch.set_grad_enabled(trains_text):
@@ -214,6 +214,7 @@ class UNetLoss(nn.Module):
         """The random choices of a batch."""
         s, device, indices = self.s, self.sd.device, batch.sample_index
         mean, logvar = self.moments(batch.pixels) if batch.moments is None else batch.moments
+        # 6, 7: each use of randomness has a number of its own
         generators = [generator(s.seed, 6, index) for index in indices]
 
         def randn() -> Tensor:
@@ -259,7 +260,7 @@ class UNetLoss(nn.Module):
 
     def samples(self, sd: StableDiffusion) -> list[tuple[Image.Image, str]]:
         """Pictures for a sample sheet, each with its caption."""
-        with text_scope(sd.text_encoders, 77, None):    # long captions fill further rows
+        with text_scope(sd.text_encoders, 77, None):    # long captions fill more chunks
             return [(sd.generate(prompt)[0], prompt) for prompt in self.shown]
 
 

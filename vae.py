@@ -74,7 +74,10 @@ class AutoencoderKL(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, 2Z, h, w): mean and log variance, before `quant_conv`."""
+    """Pictures (B, 3, H, W) -> (B, 2Z, h, w): mean and log variance, before `quant_conv`.
+
+    `moments` shrinks pictures first where the decoder draws larger ones.
+    """
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -139,7 +142,7 @@ class Decoder(nn.Module):
 
 
 class Middle(nn.Module):
-    """ResnetBlock, attention, ResnetBlock at the lowest resolution. (B, C, h, w), twice."""
+    """ResnetBlock, attention, ResnetBlock at the lowest resolution. Keeps (B, C, h, w)."""
 
     def __init__(self, c: int, num_groups: int):
         super().__init__()

@@ -89,6 +89,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def run(o: Options) -> None:
+    check_options(o)
     if o.captions:
         print_captions(o.ckpt)
         return
@@ -101,16 +102,18 @@ def run(o: Options) -> None:
 
 
 def print_captions(ckpt: str | None) -> None:
-    """The captions in the file's metadata, without their styles, which stand behind a comma."""
+    """The captions in the file's metadata; the built-in model's without style, behind a comma."""
     path = BUILTIN if ckpt is None else Path(model_path(ckpt))
     metadata = open_tensors(path)[1]
     if "captions" not in metadata:
         raise UserError(f"{path} does not say what it was trained on")
-    captions = [printable(caption).rpartition(", ") for caption in captions_of(path, metadata)]
-    styles = ", ".join(sorted({style for name, _, style in captions if name}))
-    print("\n".join(sorted({name or style for name, _, style in captions})))
-    if styles:
-        say(f"each also with a style behind a comma: {styles}")
+    captions = {printable(caption) for caption in captions_of(path, metadata)}
+    if ckpt is not None:
+        print("\n".join(sorted(captions)))
+        return
+    names, _, styles = zip(*(caption.rpartition(", ") for caption in captions))
+    print("\n".join(sorted(set(names))))
+    say(f"each also with a style behind a comma: {', '.join(sorted(set(styles)))}")
 
 
 def captions_of(path: Path, metadata: dict[str, str]) -> list[str]:
@@ -255,7 +258,7 @@ def check_options(o: Options) -> None:
     except UnicodeEncodeError as error:
         raise UserError("the prompt is not valid UTF-8") from error
     for name in "ckpt", "vae", "unet", "init", "mask", "prompts", "attn":
-        if getattr(o, name) in ("", [""]):
+        if getattr(o, name) == "":
             raise UserError(f"{flag(name)} is empty: give a file or folder, or leave it out")
     needs = {"strength": "init", "mask": "init", "image_guidance": "init", "words": "attn",
              "preset": "ckpt", "vae": "ckpt", "unet": "ckpt"}
@@ -371,7 +374,6 @@ class Plan(NamedTuple):
 
 
 def draw_all(o: Options) -> None:
-    check_options(o)
     jobs = make_jobs(o)
     there = [str(job.path) for job in jobs if job.path.exists()]
     if there and o.params_from is not None:

@@ -1,18 +1,18 @@
 """Make a model fast: `optimize(sd)`. The numbers stay the same but for the last digits.
 
-`optimize` changes the class of modules to a subclass from this file and nothing else: parameters,
-names, hooks and state_dict stay, and `restore(sd)` changes the classes back. It only takes modules
-whose class is exactly the one known here. A fork's own class is left alone, and so is a class of
-the core that was edited (see fingerprints.py).
+`optimize` changes the class of modules to a subclass from this file. Names, values and state_dict
+stay. It also stores convolutions channels last, and hooks the VAE's decoder to free memory.
+`restore(sd)` undoes this. It only takes modules whose class is exactly the one known here. A fork's
+own class is left alone, and so is a class of the core that was edited (see fingerprints.py).
 
 What becomes faster:
     Linear            as a 1x1 convolution, on CPUs where that is faster
     attention         in blocks (bf16) or after a copy (fp32), on CPUs
     CrossAttention    keys and values of a text are computed once, not at every step
     Upsample          a transposed convolution with 4 products instead of 9
-    UNetModel         what comes before the text is computed once for the two halves of guidance;
-                      on CUDA, steps are recorded and replayed; in bf16 on CPUs, its weights are
-                      kept in the order of oneDNN (packed.py)
+    UNetModel         for one picture, without y and w: what comes before the text is computed once
+                      for the two halves of guidance; on CUDA, steps are recorded and replayed; in
+                      bf16 on CPUs, its weights are kept in the order of oneDNN (packed.py)
 Results that are kept depend on tensors, so they are only used while these are the same tensors,
 unchanged. They are kept outside of the modules: copies and files of modules know nothing of them.
 With gradients nothing is kept. Hooks are always called, with the whole batch.
@@ -90,14 +90,14 @@ def fast_class(name: str, module: nn.Module, device: torch.device) -> type | Non
     """The class that stands in for the module's, if there is one."""
     if type(module) is nn.Linear:
         return FastLinear if device.type == "cpu" else None
-    if type(module) is model.CrossAttention:
+    if type(module) is model.CrossAttention:  # both kinds are; attn2 is given a text
         return FastCrossAttention if name.endswith("attn2") else FastSelfAttention
     return {model.UNetModel: FastUNetModel, model.Upsample: FastUpsample,
             vae.Upsample: FastVAEUpsample, vae.AttnBlock: FastAttnBlock}.get(type(module))
 
 
 def lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
-    """Store the weights of convolutions in this order. Nothing to do after loading with `to`."""
+    """Store the weights of convolutions in this order. Those that memory.to loaded are."""
     for p in network.parameters():
         if p.ndim == 4 and not p.is_contiguous(memory_format=memory_format):
             p.data = p.data.contiguous(memory_format=memory_format)
@@ -136,7 +136,7 @@ def faster_by_convolution(x: Tensor, weight: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """model.attention by what is fastest on the device. (B, h, T, d), twice (B, h, T', d)."""
+    """model.attention by what is fastest here. q (B, h, T, d), k and v (B, h, T', d)."""
     on_cpu, tokens = q.device.type == "cpu", k.shape[2]
     if on_cpu and q.dtype == torch.bfloat16:
         if torch.is_grad_enabled() and tokens <= 256:
@@ -271,7 +271,7 @@ class FastUNetModel(model.UNetModel):
         dtype = self.out[2].weight.dtype
         if context.dtype != dtype:  # else the cast would be a new tensor at every step
             context = keep(CASTS, self, context, [], partial(context.to, dtype))
-        if dtype == torch.bfloat16 and x.device.type == "cpu" and packed.pays():
+        if dtype == torch.bfloat16 and x.device.type == "cpu" and packed.cpu_multiplies_bf16():
             packed.pack(self, {nn.Linear, FastLinear, nn.Conv2d}, read_at_each_call(self))
         USED.add(self)
         shared = y is None and w is None and self.can_share(x, t, context)

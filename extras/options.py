@@ -25,7 +25,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SMALL = PRESETS["emoji"]
 
 
-def seed(text: str) -> int:
+def read_seed(text: str) -> int:
     """A seed; "random" and -1 stand for any."""
     return secrets.randbelow(2**32) if text in ("random", "-1") else int(text)
 
@@ -46,7 +46,7 @@ def option(
 ) -> Field:
     """A field of `Options`.
 
-    `read` makes its value of a text. `shown` is the default as --help says it, if it is not
+    `read` turns its text into a value. `shown` is the default as --help says it, if it is not
     `default`. `png` is its name in a PNG's settings. `old` and `old_png` are names it had before;
     they are still read. `many`: it may be given several times.
     """
@@ -95,7 +95,7 @@ class Options:
         "the way back to the contrast of the prompt's own guess, 0 to 1; zero-SNR models 0.7",
         float, metavar="SHARE", png="CFG rescale", shown=0.0)
     seed: int = option(0, "sampling", "of the first picture, a number or random (or -1); the next "
-                       "picture has seed + 1", seed, metavar="N", png="Seed")
+                       "picture has seed + 1", read_seed, metavar="N", png="Seed")
     n: int = option(1, "sampling", "number of pictures of each prompt", int, metavar="N")
     width: int | None = option(None, "sampling", "in pixels, a multiple of 8 (built-in: 16)", int,
                                metavar="N", shown=f"the model's; built-in {SMALL.size}")
@@ -160,7 +160,7 @@ class Options:
                                 "about, step by step and word by word", metavar="HTML")
     words: str | None = option(None, "files", "with --attn: only these words of the prompt, "
                                "separated by commas", metavar="WORDS")
-    scale: int = option(1, "files", "enlarge what --gif and --attn write so many times", int,
+    scale: int = option(1, "files", "make what --gif and --attn write N times as large", int,
                         metavar="N")
 
     batch_size: int = option(1, "speed and memory", "pictures drawn at a time", int, metavar="N")

@@ -25,8 +25,8 @@ LOCK = threading.RLock()
 
 
 @cache
-def pays() -> bool:
-    """Whether the CPU multiplies bf16 itself."""
+def cpu_multiplies_bf16() -> bool:
+    """Otherwise packing does not pay."""
     return cpu_has("avx512_bf16", "amx_bf16")
 
 

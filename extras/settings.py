@@ -1,4 +1,4 @@
-"""Options of a command, each declared once: as a field of a dataclass.
+"""The options of train.py, each declared once: as a field of a dataclass. (sd.py: options.py.)
 
     steps: int = setting(1000, "steps in all", least=1)     becomes     --steps STEPS
 """
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(kind: type, description: str, args: list[str] | None = None) -> Any:
-    """The command line as a `kind`. Raises UserError for an unknown option or a wrong value."""
+    """The command line as a `kind`, ranges unchecked. Raises UserError for what it cannot read."""
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(kind):

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import sd as core
-from extras import cli
 from sd import StableDiffusion, UserError
 from tests.common import PROMPTS, make_scheduler, model_and_pipeline, photograph, small
 
@@ -110,13 +109,3 @@ def inputs_of(name: str) -> dict:
     if name.endswith("inpaint"):
         return dict(image=photograph(), mask=WHITE)
     return dict(image=photograph()) if name.endswith("instruct-pix2pix") else {}
-
-
-def run_cli(capsys, *words) -> tuple[int, str, str]:
-    """`python sd.py words` in this process -> exit status, stderr, stdout."""
-    try:
-        code = cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    return code, err, out

@@ -22,8 +22,9 @@ from extras.formats import load_model, official_state_dict
 from extras.nan import explain_nan
 from sampler import PREDICTIONS
 from sd import StableDiffusion, UserError
+from tests.command import run_cli
 from tests.common import random_model, small
-from tests.folders import assert_one_line, load, rows, run_cli, their_folder  # noqa: F401
+from tests.folders import assert_one_line, load, rows, their_folder  # noqa: F401
 from tests.test_formats import answering, change_json, save_plain
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -453,13 +453,25 @@ def test_builtin_file():
     assert context.shape == (2, 77, encoder.config.hidden_size)
 
 
-def test_captions_are_listed(tiny, capsys):  # noqa: F811
+def test_captions_are_listed(tiny, capsys, tmp_path):  # noqa: F811
     code, err, out = run_cli(capsys, "--captions")
     names = out.splitlines()
     assert code == 0 and len(names) >= 500 and "red apple" in names and names == sorted(names)
     assert "3d, noto, twemoji" in err and err.count("\n") == 1
+    save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors",
+              {"captions": json.dumps(["a dog", "a cat, on a mat", "a dog"])})
+    code, err, out = run_cli(capsys, "--captions", "--ckpt", tmp_path / "a.safetensors")
+    assert (code, err, out) == (0, "", "a cat, on a mat\na dog\n")
     code, err, _ = run_cli(capsys, "--captions", "--ckpt", tiny)
     assert code == 2 and "does not say what it was trained on" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, said", [
+    (["a cat", "--n", "0"], "--n must be at least 1"),
+    (["--vae", "v.safetensors"], "--vae means nothing without --ckpt")])
+def test_nothing_is_saved_before_all_options_are_checked(tmp_path, capsys, words, said):
+    code, err, _ = run_cli(capsys, *words, "--save", tmp_path / "m.safetensors")
+    assert code == 2 and said in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("prompt, unknown", [

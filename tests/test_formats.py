@@ -30,6 +30,7 @@ from extras.formats import official_state_dict, save
 from extras.prediction import computing_in_fp32
 from sampler import PREDICTIONS, make_sigmas
 from sd import PRESETS, Preset, StableDiffusion, UserError, preset_to_dict
+from tests.command import run_cli
 from tests.common import (
     PROMPTS,
     awkward_prompts,
@@ -52,7 +53,6 @@ from tests.folders import (  # noqa: F401
     load,
     picture_by_diffusers,
     rows,
-    run_cli,
     saved_by_diffusers,
     small_model_and_pipeline,
     their_folder,

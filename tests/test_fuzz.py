@@ -181,7 +181,7 @@ def run_cases(reader: str, count: int, case: Callable[[random.Random, int], obje
     before, stop = peak_memory(), time.time() + float(os.environ.get("FUZZ_SECONDS", 0))
     numbers = chain(FOUND.get(reader, ()), range(count),
                     takewhile(lambda _: time.time() < stop, itertools.count(count)))
-    for number in numbers:
+    for cases, number in enumerate(numbers, 1):
         rng = random.Random(f"{reader} {number}")
         try:
             with watched() as seen:
@@ -190,6 +190,7 @@ def run_cases(reader: str, count: int, case: Callable[[random.Random, int], obje
         except Exception as error:
             error.add_note(f"reader {reader}, case {number}")
             raise
+    print(f"{reader}: {cases} cases")
     assert peak_memory() - before < MOST_MEMORY
 
 

@@ -88,7 +88,7 @@ def imports(path: Path, known: dict[str, Path]) -> tuple[set[str], set[str]]:
 
 
 def test_the_core_imports_only_the_core():
-    """At import time. Three doors of sd.py lead to extras/."""
+    """At import time. The doors of sd.py lead to extras/."""
     known, doors = modules(), set()
     assert set(CORE) <= set(known)
     for name in CORE:
@@ -99,7 +99,7 @@ def test_the_core_imports_only_the_core():
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    """Imports within functions count too, but for the three doors."""
+    """Imports within functions count too, but for the doors."""
     known = modules()
     graph = {name: set().union(*imports(path, known)) for name, path in known.items()}
     for name, target in DOORS:

@@ -150,7 +150,7 @@ def test_a_run_has_one_level_more_than_steps(name, prediction_type):
         for steps in 1, 2, 20, 1000:
             sigmas = get_sigmas(name, steps, schedule, spacing)
             assert len(sigmas) == steps + 1 and all(a > b for a, b in zip(sigmas, sigmas[1:]))
-            end = 0 if SAMPLERS[name].set_alpha_to_one else float(schedule.sigmas[0])
+            end = 0 if SAMPLERS[name].ends_at_zero else float(schedule.sigmas[0])
             assert sigmas[-1] in (0, end)
             assert math.isclose(schedule.sigmas[0], SIGMAS[0], rel_tol=1e-12)
 

@@ -244,7 +244,7 @@ def our_network(name: str, dtype: torch.dtype, device: str, how: str = "fast") -
     if how == "int8":
         int8.attach(sd)
     if how == "unpacked":
-        packed.pays = lambda: False  # in this process
+        packed.cpu_multiplies_bf16 = lambda: False  # in this process
     return network
 
 
