@@ -26,9 +26,10 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 
 @pytest.fixture(autouse=True)
-def no_line_about_vnni(monkeypatch):
-    """The numbers are the same without it, but for weights of 7 bits."""
+def same_on_all_processors(monkeypatch):
+    """Without VNNI the numbers are the same, but for weights of 7 bits, and a line says so."""
     monkeypatch.setattr(int8, "has_vnni", lambda: True)
+    monkeypatch.setattr(int8, "linear_pays", lambda dtype: True)
 
 
 def plain_model(dtype: torch.dtype = torch.float32) -> StableDiffusion:
@@ -140,6 +141,24 @@ def test_the_unet_agrees_and_takes_less_memory(dtype):
             if isinstance(layer, (nn.Linear, nn.Conv2d)) and not isinstance(layer, int8.Int8)}
     assert {"input_blocks.0.0", "out.2", "time_embed.0", "time_embed.2"} < kept
     assert all(int8.KEPT.match(name) for name in kept)
+
+
+@torch.no_grad()
+def test_linear_layers_stay_where_rounding_does_not_pay(monkeypatch):
+    monkeypatch.setattr(int8, "linear_pays", lambda dtype: False)
+    sd, given = rounded_model(torch.bfloat16), inputs()
+    found = {type(layer) for layer in sd.unet.modules() if isinstance(layer, int8.Int8)}
+    assert found == {int8.Int8Conv2d}
+    expected = plain_model(torch.bfloat16).unet(*given).float()
+    assert relative_error(sd.unet(*given).float(), expected) < 0.05
+
+
+@pytest.mark.parametrize("amx, dtype, pays", [
+    (True, torch.bfloat16, False), (True, torch.float32, True), (False, torch.bfloat16, True)])
+def test_linear_layers_pay_but_with_amx_in_bf16(monkeypatch, amx, dtype, pays):
+    monkeypatch.undo()
+    monkeypatch.setattr(int8, "AMX", amx)
+    assert int8.linear_pays(dtype) == pays
 
 
 @torch.no_grad()
