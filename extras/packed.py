@@ -15,10 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from extras.memory import cpu_has
+from extras.memory import cpu_has, give_back_freed_memory
 
 OPS = torch.ops.mkldnn
 LEAST = 2**16    # numbers in a weight: smaller layers take little of a step
+AT_ONCE = 2**26  # numbers in the weights that are packed before memory is given back
 MOST_TIMES = 5   # a layer whose weight is looked at again and again stays plain
 TIMES: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # how often it was packed
 LOCK = threading.RLock()
@@ -32,10 +33,15 @@ def cpu_multiplies_bf16() -> bool:
 
 def pack(network: nn.Module, kinds: set[type], kept: set[nn.Module]) -> None:
     """Pack the layers of these classes but for `kept`."""
+    freed = 0
     for layer in network.modules():
         with LOCK:  # else two threads could pack one layer
             if type(layer) in kinds and layer not in kept and can_pack(layer):
+                freed += vars(layer)["_parameters"]["weight"].numel()
                 pack_layer(layer)
+        if freed >= AT_ONCE:
+            give_back_freed_memory()  # packed weights seldom fit where the plain ones were
+            freed = 0
 
 
 def unpack(network: nn.Module) -> None:

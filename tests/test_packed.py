@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def packs_all(monkeypatch):
     """On every CPU, and the small layers of the tests too."""
-    monkeypatch.setattr(packed, "pays", lambda: True)
+    monkeypatch.setattr(packed, "cpu_multiplies_bf16", lambda: True)
     monkeypatch.setattr(packed, "LEAST", 0)
 
 
@@ -72,7 +72,7 @@ def test_packed_and_plain_agree(monkeypatch, rows, side):
     given = inputs(rows, side)
     ours, right = sd.unet(*given), exact.unet(*given)
     assert layers(sd.unet) and not layers(exact.unet)
-    monkeypatch.setattr(packed, "pays", lambda: False)
+    monkeypatch.setattr(packed, "cpu_multiplies_bf16", lambda: False)
     plain = plain_model().unet(*given)
     errors = [relative_error(found.float(), right) for found in (ours, plain)]
     assert errors[0] < 0.05 and errors[0] < 1.3 * errors[1] + 1e-3, errors
