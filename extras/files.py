@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from extras.checks import reason
 from extras.locks import clean_up, unfinished_folder
+from extras.pickles import check_pickle
 from sd import LazyTensor, UserError, check_names_and_shapes
 
 Tensors = dict[str, LazyTensor]
@@ -183,25 +183,6 @@ def flat_tensors(state: dict) -> dict[str, Tensor]:
             elif depth < MOST_DEPTH and as_dict(value) and not NOT_WEIGHTS.search(name):
                 waiting.append((name + ".", as_dict(value), depth + 1))
     return found
-
-
-def check_pickle(path: Path, zipped: bool) -> None:
-    """Raises UserError for a file that would unpack to far more than its own size."""
-    if not zipped:
-        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            bomb = content.find(b"bytearray") >= 0  # it makes zeros of any number
-    else:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise UserError(f"{path} is a compressed archive, which torch does not write: ask "
-                                "for a .safetensors file of it")
-            pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
-            bomb = any(b"bytearray" in archive.read(entry) for entry in pickles)
-    if bomb:
-        raise UserError(f"{path} is damaged, or holds more than tensors and could run code: "
-                        "ask for a .safetensors file of it")
 
 
 def check_tensor(path: Path, name: str, value: Tensor) -> None:

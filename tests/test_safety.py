@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,37 @@ def test_zeros_made_by_a_pickle(tmp_path):
     refused(lambda: open_tensors(path))
     path.write_bytes(pickle.dumps(Zeros(), 2))
     refused(lambda: open_tensors(path))
+
+
+def nested_tuples(depth: int) -> bytes:
+    """A pickle of {((..., ...), (..., ...)): 1}. Its key has 2^depth ends; all would be hashed."""
+    inner: tuple = ("x",)
+    for _ in range(depth):
+        inner = inner, inner
+    return b"\x80\x02}" + pickle.dumps(inner, 2)[2:-1] + b"K\x01s."
+
+
+SLOW = {"nested tuples": nested_tuples(200), "many numbers": pickle.dumps([7] * 1_100_000, 2)}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_pickles_that_take_long_to_read(tmp_path, name):
+    path, archived = tmp_path / "a.pt", tmp_path / "b.pt"
+    path.write_bytes(SLOW[name])
+    with zipfile.ZipFile(archived, "w") as archive:
+        archive.writestr("archive/data.pkl", SLOW[name])
+    start = time.perf_counter()
+    for each in path, archived:
+        refused(lambda: open_tensors(each), str(each), "very long to read")
+    assert time.perf_counter() - start < 20
+
+
+def test_tuples_that_are_shared_are_still_read(tmp_path):
+    """As those of an optimizer's groups are."""
+    betas = (0.9, 0.999)
+    groups = [{"betas": betas, "lr": (betas, betas)} for _ in range(1000)]
+    torch.save({"state_dict": {"x": torch.ones(1)}, "groups": groups}, tmp_path / "a.pt")
+    assert list(open_tensors(tmp_path / "a.pt")[0]) == ["x"]
 
 
 def test_zip_bomb(tmp_path):
