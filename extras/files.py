@@ -143,6 +143,10 @@ def lazy_pickle(path: Path) -> Tensors:
     found = flat_tensors(unwrapped(state))
     for name, value in found.items():
         check_tensor(path, name, value)
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+                for value in found.values()}
+    if sum(storages.values()) > path.stat().st_size:
+        raise UserError(f"{path} is damaged: its tensors have more numbers than the file holds")
     return {name: LazyTensor(value.shape, partial(found.get, name))
             for name, value in found.items()}
 
