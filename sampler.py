@@ -135,7 +135,7 @@ def make_denoiser(net: Callable[..., Tensor], schedule: NoiseSchedule) -> Callab
 # --- guidance ---
 
 def cfg(denoise: Callable[..., Tensor], cond: Cond, uncond: Cond, scale: float) -> Denoise:
-    """Classifier-free guidance: uncond + scale (cond - uncond). Ho & Salimans 2022; their 1 + w.
+    """Classifier-free guidance, Ho & Salimans 2022: uncond + scale (cond - uncond), scale = 1 + w.
 
     `cond` and `uncond` are the prompt's and the negative prompt's, B rows each. Both go through
     the network as one batch, uncond first. At scale 1 only cond counts, and only it is computed;

@@ -77,7 +77,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
-class Settings:  # a third text is an option's former name; free: may change on resuming
+class Settings:
     data: list[str] = setting(None, "folders of pictures with captions, or tar shards")
     out: str = setting("runs/new", "folder for model.safetensors (for sd.py), state.pt (to "
                        "resume), metrics.jsonl, train.png and sample sheets", free=True)
@@ -605,7 +605,7 @@ def main() -> None:
             print(f"train.py: {printable(error)}", file=sys.stderr)
             status = 2
         except KeyboardInterrupt:
-            print("train.py: stopped before the first step", file=sys.stderr)
+            print("train.py: stopped before a step was made", file=sys.stderr)
             status = 130
     distributed.end_process(status)
 

@@ -1,7 +1,7 @@
 """Make a model fast: `optimize(sd)`. The numbers stay the same but for the last digits.
 
 `optimize` changes the class of modules to a subclass from this file. Names, values and state_dict
-stay. It also stores convolutions channels last, and hooks the VAE's decoder to free memory.
+stay. It also stores convolutions as memory.py says, and hooks the VAE's decoder to free memory.
 `restore(sd)` undoes this. It only takes modules whose class is exactly the one known here. A fork's
 own class is left alone, and so is a class of the core that was edited (see fingerprints.py).
 
@@ -10,9 +10,9 @@ What becomes faster:
     attention         in blocks (bf16) or after a copy (fp32), on CPUs
     CrossAttention    keys and values of a text are computed once, not at every step
     Upsample          a transposed convolution with 4 products instead of 9
-    UNetModel         for one picture, without y and w: what comes before the text is computed once
-                      for the two halves of guidance; on CUDA, steps are recorded and replayed; in
-                      bf16 on CPUs, its weights are kept in the order of oneDNN (packed.py)
+    UNetModel         what comes before the text is computed once for the two halves of guidance
+                      (of one picture, without y and w); on CUDA, steps are recorded and replayed;
+                      in bf16 on CPUs, its weights are kept in the order of oneDNN (packed.py)
 Results that are kept depend on tensors, so they are only used while these are the same tensors,
 unchanged. They are kept outside of the modules: copies and files of modules know nothing of them.
 With gradients nothing is kept. Hooks are always called, with the whole batch.

@@ -12,7 +12,7 @@ from sd import UserError
 
 def setting(default: object, help: str, old: str = "", least: float | None = None,
             choices: tuple[str, ...] = (), free: bool = False) -> Any:
-    """A field of a dataclass of settings.
+    """A field of a dataclass of settings. Its arguments: default, help, former name.
 
     `old`: a former name of the option, which still works. `least`: the smallest value. `free`: it
     may change when a run is resumed. A bool is a flag, a list takes one or more values.

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def same_on_all_processors(monkeypatch):
     """Without VNNI the numbers are the same, but for weights of 7 bits, and a line says so."""
     monkeypatch.setattr(int8, "has_vnni", lambda: True)
-    monkeypatch.setattr(int8, "linear_pays", lambda dtype: True)
+    monkeypatch.setattr(int8, "linear_pays", lambda *_: True)
 
 
 def plain_model(dtype: torch.dtype = torch.float32) -> StableDiffusion:
@@ -145,7 +145,7 @@ def test_the_unet_agrees_and_takes_less_memory(dtype):
 
 @torch.no_grad()
 def test_linear_layers_stay_where_rounding_does_not_pay(monkeypatch):
-    monkeypatch.setattr(int8, "linear_pays", lambda dtype: False)
+    monkeypatch.setattr(int8, "linear_pays", lambda *_: False)
     sd, given = rounded_model(torch.bfloat16), inputs()
     found = {type(layer) for layer in sd.unet.modules() if isinstance(layer, int8.Int8)}
     assert found == {int8.Int8Conv2d}
@@ -153,12 +153,14 @@ def test_linear_layers_stay_where_rounding_does_not_pay(monkeypatch):
     assert relative_error(sd.unet(*given).float(), expected) < 0.05
 
 
-@pytest.mark.parametrize("amx, dtype, pays", [
-    (True, torch.bfloat16, False), (True, torch.float32, True), (False, torch.bfloat16, True)])
-def test_linear_layers_pay_but_with_amx_in_bf16(monkeypatch, amx, dtype, pays):
+@pytest.mark.parametrize("amx, dtype, width, pays", [
+    (True, torch.bfloat16, 8, False), (True, torch.float32, 8, True),
+    (False, torch.bfloat16, 8, True), (True, torch.bfloat16, 80, True)])
+def test_linear_layers_pay_but_with_amx_in_bf16(monkeypatch, amx, dtype, width, pays):
+    """And there too, where they hold most of the weights."""
     monkeypatch.undo()
     monkeypatch.setattr(int8, "AMX", amx)
-    assert int8.linear_pays(dtype) == pays
+    assert int8.linear_pays([nn.Linear(width, width), nn.Conv2d(8, 8, 3)], dtype) == pays
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def test_ctrl_c_before_the_first_step_is_one_line(args, capsys, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(train_module, "load_model", interrupt)
     code, err, _ = command(train_module.main, capsys, *args)
-    assert (code, err) == (130, "train.py: stopped before the first step\n")
+    assert (code, err) == (130, "train.py: stopped before a step was made\n")
 
 
 def test_ctrl_c_while_torch_is_imported_is_one_line():

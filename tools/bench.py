@@ -326,7 +326,10 @@ def their_step(device: str, dtype: torch.dtype, channels_last: bool,
 
 
 def bench_compiled(dtype: torch.dtype, device: str, rounds: int) -> None:
-    """A guided step beside diffusers as its guide for speed sets it up. Compiling takes minutes."""
+    """A guided step beside diffusers as its guide for speed sets it up, and weights frozen on CPUs.
+
+    Compiling takes minutes.
+    """
     table("guided step, 512x512", in_processes(rounds, **{
         "this": partial(our_step, dtype, device),
         f"diffusers, {dtype_name(dtype)}, channels last, compiled":
@@ -334,6 +337,8 @@ def bench_compiled(dtype: torch.dtype, device: str, rounds: int) -> None:
 
 
 def their_compiled_step(device: str, dtype: torch.dtype) -> Action:
+    import torch._inductor.config
+    torch._inductor.config.freezing = device == "cpu"  # it packs weights for oneDNN, as packed.py
     unet = their_network("unet", dtype, device, channels_last=True)
     unet.fuse_qkv_projections()
     return their_step(device, dtype, True, torch.compile(unet, mode="max-autotune", fullgraph=True))
@@ -625,7 +630,10 @@ def bench_openvino(dtype: torch.dtype, device: str, rounds: int) -> None:
         if not missing:
             in_its_own_process(convert, f"{tmp}/int8.xml", "unet", True)
             steps["OpenVINO, int8"] = partial(openvino_step, f"{tmp}/int8.xml", dtype)
-        table("guided step, 512x512", in_processes(rounds, **steps), digits=3)
+        seconds = in_processes(rounds, **steps)
+        table("guided step, 512x512", seconds, digits=3)
+        both = {name: values for name, values in seconds.items() if "int8" in name}
+        table("guided step, 512x512, 8 bits", both, digits=3)
         table("decoding, 512x512", in_processes(rounds, **decoding), digits=3)
 
 
