@@ -72,7 +72,9 @@ def pack_layer(layer: nn.Module) -> None:
         packed = OPS._reorder_linear_weight(weight)
         layer.__class__ = PackedLinear
     vars(layer)["packed"] = packed, weight.stride(), cls
-    del vars(layer)["_parameters"]["weight"]
+    # another dict, without the weight: a thread may be reading this one
+    vars(layer)["_parameters"] = {name: value for name, value in vars(layer)["_parameters"].items()
+                                  if name != "weight"}
     TIMES[layer] = TIMES.get(layer, 0) + 1
 
 
@@ -84,7 +86,7 @@ def unpack_layer(layer: nn.Module) -> None:
         packed, stride, cls = vars(layer).pop("packed")
         weight = torch.empty_strided(packed.shape, stride, dtype=packed.dtype)
         weight = nn.Parameter(weight.copy_(packed.to_dense()), requires_grad=False)
-        # another dict, with the weight first again: a thread may be reading the bias of this one
+        # another dict, with the weight first again
         vars(layer)["_parameters"] = {"weight": weight, **vars(layer)["_parameters"]}
         layer.__class__ = cls
 

@@ -1,6 +1,7 @@
 """extras/packed.py: the numbers stay, and whoever looks at a weight finds it as it was."""
 import copy
 import pickle
+import sys
 import threading
 
 import pytest
@@ -253,8 +254,11 @@ def test_two_threads(second):
             failed.append(repr(error))
     works = draw, {"looks": look, "draws": draw}[second]
     threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)     # they take turns more often
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(before)
     assert not failed
