@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from compose import COLOURS, STYLES, Emoji, load_emoji, on_background, place, recolour
 from PIL import Image
 from prepare import HERE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(HERE.parents[1]))
 
-from extras.files import atomic_write
+from extras.files import atomic_write, save_tensors
 
 FILE = HERE / "judge.safetensors"
 
@@ -142,7 +142,7 @@ def main() -> None:
                        " first\n")
     judge = learn(emoji, args.steps)
     with atomic_write(FILE) as temporary:
-        save_file(judge.state_dict(), temporary)
+        save_tensors(judge.state_dict(), temporary, torch.float32, {})
 
 
 if __name__ == "__main__":

