@@ -106,7 +106,7 @@ class CLIPTextConfig:
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"   # a row of ACTIVATIONS; OpenCLIP: "gelu"
-    # 0: the last layer's vectors, 1: of the one before (SD 2.x, SDXL); --clip-skip counts from 1
+    # 0: vectors of the last layer, 1: of the one before (SD 2.x, SDXL); --clip-skip counts from 1
     clip_skip: int = 0
     final_norm: bool = True          # of the tokens' vectors; the pooled vector always has it
     projection: bool = False         # of the pooled vector

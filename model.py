@@ -259,9 +259,9 @@ class BasicTransformerBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention from x to the context; without a context, from x to itself.
 
-    x (B, H*W, C), context (B, T, D) -> (B, H*W, C). `size` is (H, W). Attention
-    ignores it; a fork with positions needs it (examples/forks, rope). `capture`, if set, is called
-    with the matrix (B, heads, H*W, T).
+    x (B, H*W, C), context (B, T, D) -> (B, H*W, C). `size` is (H, W). Attention ignores it;
+    a fork with positions needs it (examples/forks, rope). `capture`, if set, is called with the
+    matrix (B, heads, H*W, T).
     """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, config: UNetConfig):

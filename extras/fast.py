@@ -97,7 +97,7 @@ def fast_class(name: str, module: nn.Module, device: torch.device) -> type | Non
 
 
 def lay_out(network: nn.Module, memory_format: torch.memory_format) -> None:
-    """Store the weights of convolutions in this order. Those that memory.to loaded are."""
+    """Store the weights of convolutions in this order. `memory.to` did it while loading."""
     for p in network.parameters():
         if p.ndim == 4 and not p.is_contiguous(memory_format=memory_format):
             p.data = p.data.contiguous(memory_format=memory_format)

@@ -46,11 +46,13 @@ def attach(sd: object) -> None:
     Raises UserError where this cannot be done: on GPUs, in fp16, for networks of other kinds.
     """
     check(sd.device, sd.dtype)
+    if any(isinstance(layer, Int8) for layer in sd.unet.modules()):
+        return
     packed.unpack(sd.unet)
     found = list(layers(sd.unet))
     if not linear_pays(found, sd.dtype):
         found = [layer for layer in found if isinstance(layer, nn.Conv2d)]
-    if not found and not any(isinstance(layer, Int8) for layer in sd.unet.modules()):
+    if not found:
         raise UserError(f"--int8 knows the layers of UNetModel, and finds none in this"
                         f" {type(sd.unet).__name__}: leave it out")
     with warnings.catch_warnings():  # once in a process PyTorch says that this function will go

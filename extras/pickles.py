@@ -20,7 +20,7 @@ from sd import UserError
 
 MOST_INSTRUCTIONS = 2 * 10**6   # of a file; SD 1.x takes 36,000
 MOST_VALUES = 5 * 10**7         # put into others, shared ones as often as they are
-MOST_LONG = 1000                # whole numbers beyond 64 bits: many of them may have one hash
+MOST_LONG = 1000                # whole numbers from 2^60 on: many of them may have one hash
 PICKLES = 5     # in files of old versions: three of a few numbers, the state, the keys
 GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}  # they change what they are given
 Cell = list[int]                # the size of a value, which may still grow

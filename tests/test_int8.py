@@ -149,6 +149,10 @@ def test_linear_layers_stay_where_rounding_does_not_pay(monkeypatch):
     sd, given = rounded_model(torch.bfloat16), inputs()
     found = {type(layer) for layer in sd.unet.modules() if isinstance(layer, int8.Int8)}
     assert found == {int8.Int8Conv2d}
+    monkeypatch.setattr(int8, "linear_pays", lambda *_: True)
+    before = count(sd.unet)
+    int8.attach(sd)     # the layers that are left must not look like most of the weights
+    assert count(sd.unet) == before
     expected = plain_model(torch.bfloat16).unet(*given).float()
     assert relative_error(sd.unet(*given).float(), expected) < 0.05
 
