@@ -716,12 +716,22 @@ def test_memory_is_kept_until_it_is_given_back():
 
 @torch.no_grad()
 def test_memory_is_given_back_between_unet_and_vae(monkeypatch):
-    """Once per run of the UNet, and what was kept for it goes too."""
-    given = []
-    monkeypatch.setattr(fast, "give_back_freed_memory", lambda: given.append(1))
+    """Twice per run of the UNet: before decoding, and before the last Upsample. What was kept for
+    the UNet goes too."""
+    ran = []
+    monkeypatch.setattr(fast, "give_back_freed_memory", lambda: ran.append("give back"))
     sd = fast_model()
+    for name, module in sd.vae.decoder.named_modules():
+        if isinstance(module, (vae.Upsample, vae.Middle)):
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     fast.release()
+    levels = [f"up.{i}.upsample" for i in reversed(range(1, len(sd.vae.decoder.up)))]
     sd.generate("a cat", steps=2, batch=3)
-    assert given == [1] and not fast.KEYS_VALUES and not fast.USED
+    first = ["give back", "mid", *levels[:-1], "give back", levels[-1]]
+    assert ran == first + 2 * ["mid", *levels]
+    assert not fast.KEYS_VALUES and not fast.USED and not fast.DECODING
+    ran.clear()
     sd.decode_latents(torch.randn(2, 4, 8, 8))
-    assert given == [1]
+    assert ran == 2 * ["mid", *levels]
+    fast.restore(sd)
+    assert not sd.vae.decoder._forward_pre_hooks
