@@ -93,12 +93,12 @@ class Settings:
     freeze: list[str] = setting((), "do not train weights whose official name begins so")
     lora: int = setting(0, "rank of LoRA matrices to train instead of weights; 0: none", least=0)
     placeholder_token: str = setting("", "with --train word: the new word, as the captions have "
-                                     "it, such as <cat-toy>", "word")
-    num_vectors: int = setting(1, "vectors of the new word", "vectors", least=1)
-    initializer_token: str = setting("object", "what the new word means at first", "init-word")
+                                     "it, such as <cat-toy>", old="word")
+    num_vectors: int = setting(1, "vectors of the new word", old="vectors", least=1)
+    initializer_token: str = setting("object", "what the new word means at first", old="init-word")
     class_data: list[str] = setting((), "folders of pictures of what the model should not forget "
-                                    "(DreamBooth's class pictures)", "prior")
-    class_weight: float = setting(1.0, "weight of the loss on --class-data", "prior-weight")
+                                    "(DreamBooth's class pictures)", old="prior")
+    class_weight: float = setting(1.0, "weight of the loss on --class-data", old="prior-weight")
 
     steps: int = setting(1000, "steps in all", least=1, free=True)
     batch: int = setting(32, "pictures per pass of a process", least=1, free=True)
@@ -107,7 +107,7 @@ class Settings:
     warmup: int = setting(100, "steps in which the learning rate rises")
     decay: int = setting(0, "steps at the end in which the learning rate falls")
     weight_decay: float = setting(0.01, "weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, "largest norm of the gradient", "clip")
+    max_grad_norm: float = setting(1.0, "largest norm of the gradient", old="clip")
     ema: float = setting(0.999, "decay of the averaged weights, which are those saved; 0: none")
     caption_dropout: float = setting(0.1, "share of empty captions, for guidance")
     pooled_dropout: float = setting(0.0, "share of captions whose pooled vector is zeroed, so "
@@ -121,8 +121,8 @@ class Settings:
     vq: int = setting(0, "with --train vae: number of codes of a codebook; 0: the usual VAE",
                       least=0)
     disc_weight: float = setting(0.0, "weight of a discriminator for the VAE, LDM's is 0.5; 0: "
-                                 "none", "gan", least=0)
-    disc_start: int = setting(0, "step from which the decoder learns from it", "gan-start")
+                                 "none", old="gan", least=0)
+    disc_start: int = setting(0, "step from which the decoder learns from it", old="gan-start")
     seed: int = setting(0, "seed of everything random", least=0)
 
     buckets: bool = setting(False, "crop pictures to rectangles near their shape, not squares")

@@ -10,9 +10,9 @@ from typing import Any
 from sd import UserError
 
 
-def setting(default: object, help: str, old: str = "", least: float | None = None,
+def setting(default: object, help: str, *, old: str = "", least: float | None = None,
             choices: tuple[str, ...] = (), free: bool = False) -> Any:
-    """A field of a dataclass of settings. Its arguments: default, help, former name.
+    """A field of a dataclass of settings.
 
     `old`: a former name of the option, which still works. `least`: the smallest value. `free`: it
     may change when a run is resumed. A bool is a flag, a list takes one or more values.
