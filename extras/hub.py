@@ -68,10 +68,25 @@ def parse_address(address: str) -> tuple[str, str, str | None]:
 
 def download_file(model: str, revision: str, file: str) -> Path:
     """One file, and the settings beside it (A1111's .yaml) if there are any."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    no_network = False
     try:
-        return Path(hf_hub_download(model, file, revision=revision))
+        HfApi().model_info(model, revision=revision)  # without a network the download itself
+    except (RepositoryNotFoundError, HFValidationError):    # would try for half a minute
+        raise
+    except RevisionNotFoundError as error:
+        raise UserError(f"{model} has no revision {revision}: look at the address again") from error
+    except Exception:
+        no_network = True
+    try:
+        return Path(hf_hub_download(model, file, revision=revision, local_files_only=no_network))
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError as error:

@@ -83,6 +83,8 @@ class Answer(BaseHTTPRequestHandler):
         hub, path = self.server, self.path.split("?")[0]
         hub.asked.append((self.command, path, self.headers.get("Range")))
         about = re.fullmatch(r"/api/models/(me/[^/]+)(/revision/[^/]+|/tree/[^/]+)?", path)
+        if path.endswith("/revision/unknown"):
+            return self.answer(404, X_Error_Code="RevisionNotFound")
         if about:
             return self.answer_about(hub.root / about[1], about[1], about[2] or "")
         match = re.fullmatch(r"/(me/[^/]+)/resolve/[^/]+/(.*)", path)
@@ -261,6 +263,24 @@ def test_no_network_and_not_there(hub):
     hub.close()
     assert_one_line(lambda: StableDiffusion.load("me/plain"),
                     "me/plain .*was not downloaded before.*cannot be reached: connect")
+
+
+def test_a_file_by_its_address(hub, monkeypatch):
+    """It is fetched, and there without a network too. Without both, nobody waits for retries."""
+    def address(name: str, revision: str = "main") -> str:
+        return f"{hub.url}/me/files/blob/{revision}/{name}"
+
+    found = resolve_checkpoint(address("model.safetensors"))
+    assert found.read_bytes() == b"weights"
+    assert_one_line(lambda: resolve_checkpoint(address("other.ckpt")),
+                    "me/files has no file other.ckpt at revision main")
+    assert_one_line(lambda: resolve_checkpoint(address("model.safetensors", "unknown")),
+                    "me/files has no revision unknown")
+    hub.close()
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tried again"))
+    assert resolve_checkpoint(address("model.safetensors")) == found
+    assert_one_line(lambda: resolve_checkpoint(address("third.ckpt")),
+                    "me/files .*was not downloaded before.*cannot be reached: connect")
 
 
 def test_a_connection_that_breaks_is_taken_up_again(hub, rows, no_waiting):  # noqa: F811
