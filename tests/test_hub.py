@@ -277,6 +277,7 @@ def test_a_file_by_its_address(hub, monkeypatch):
     assert_one_line(lambda: resolve_checkpoint(address("model.safetensors", "unknown")),
                     "me/files has no revision unknown")
     hub.close()
+    huggingface_hub.close_session()  # it would keep the connection
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tried again"))
     assert resolve_checkpoint(address("model.safetensors")) == found
     assert_one_line(lambda: resolve_checkpoint(address("third.ckpt")),
