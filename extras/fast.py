@@ -410,7 +410,7 @@ recording_stream = cache(torch.cuda.Stream)  # one per GPU: libraries keep memor
 
 KEYS_VALUES, CASTS, GRAPHS = WeakKeyDictionary(), WeakKeyDictionary(), WeakKeyDictionary()
 USED = WeakSet()               # the UNets that ran since the last `release`
-DECODING = WeakSet()           # the last Upsample of a decoder that runs for the first time since
+DECODING = WeakSet()           # last Upsamples that have not run since the UNet did
 MOST_KEPT = 16                 # contexts per module
 RECORDING = threading.local()  # .on: this thread records a graph
 
@@ -457,7 +457,7 @@ def is_unchanged(tensor: Tensor | None, alias: Tensor | None, version: int | Non
 
 def release() -> None:
     """Drop all that is kept."""
-    for table in (KEYS_VALUES, CASTS, GRAPHS, USED):
+    for table in (KEYS_VALUES, CASTS, GRAPHS, USED, DECODING):
         table.clear()
 
 
@@ -471,7 +471,7 @@ def memory_hooks(network: nn.Module) -> list[tuple[nn.Module, Callable]]:
 
 
 def last_upsample(decoder: nn.Module) -> list[nn.Module]:
-    """The decoder's first Upsample by number is the last to run. None in a fork's own decoder."""
+    """The one that runs last: levels are counted from full resolution. Empty if there is none."""
     return [module for module in decoder.modules() if isinstance(module, vae.Upsample)][:1]
 
 

@@ -66,27 +66,36 @@ def parse_address(address: str) -> tuple[str, str, str | None]:
     return (model, "main", None) if match is None else (model, match[1], unquote(match[2]))
 
 
-def download_file(model: str, revision: str, file: str) -> Path:
-    """One file, and the settings beside it (A1111's .yaml) if there are any."""
-    from huggingface_hub import HfApi, hf_hub_download
+def ask(model: str, revision: str | None = None) -> set[str] | None:
+    """The files of a model, as the hub lists them; None without a network or with HF_HUB_OFFLINE.
+
+    Raises UserError for an unknown revision, and what huggingface_hub raises if the hub refuses.
+    """
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    no_network = False
     try:
-        HfApi().model_info(model, revision=revision)  # without a network the download itself
-    except (RepositoryNotFoundError, HFValidationError):    # would try for half a minute
+        found = HfApi().model_info(model, revision=revision)
+    except (RepositoryNotFoundError, HFValidationError):  # GatedRepoError is one of the former
         raise
     except RevisionNotFoundError as error:
         raise UserError(f"{model} has no revision {revision}: look at the address again") from error
     except Exception:
-        no_network = True
+        return None
+    return {file.rfilename for file in found.siblings}
+
+
+def download_file(model: str, revision: str, file: str) -> Path:
+    """One file. Without a network: as it was downloaded before."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    # asked first: without a network hf_hub_download would try for half a minute
+    local = ask(model, revision) is None
     try:
-        return Path(hf_hub_download(model, file, revision=revision, local_files_only=no_network))
+        return Path(hf_hub_download(model, file, revision=revision, local_files_only=local))
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError as error:
@@ -96,14 +105,10 @@ def download_file(model: str, revision: str, file: str) -> Path:
 
 def download_component(model: str, component: str, half: bool) -> Path:
     """The folder with one network of a model, or with a model that is one network."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download
     names = [f"{component}/config.json", "config.json", "scheduler/scheduler_config.json"]
-    try:
-        files = {file.rfilename for file in HfApi().model_info(model).siblings}
-    except (RepositoryNotFoundError, HFValidationError):
-        raise
-    except Exception:  # no network: what was downloaded before
+    files = ask(model)
+    if files is None:   # what was downloaded before
         return Path(snapshot_download(model, allow_patterns=["config.json"], local_files_only=True))
     start = f"{component}/" if any(file.startswith(f"{component}/") for file in files) else ""
     own = {f"{component}/{Path(file).name}" for file in files
@@ -151,13 +156,9 @@ def explained(name: str, get: Callable[[], Path]) -> Path:
 
 def download(name: str, half: bool) -> Path:
     """The folder that holds the files of a model. Raises the errors of huggingface_hub."""
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-    try:
-        files = {file.rfilename for file in HfApi().model_info(name).siblings}
-    except (RepositoryNotFoundError, HFValidationError):  # GatedRepoError is one of the former
-        raise
-    except Exception:  # no network, or HF_HUB_OFFLINE: use what was downloaded before
+    from huggingface_hub import constants, snapshot_download
+    files = ask(name)
+    if files is None:   # what was downloaded before
         return Path(snapshot_download(name, allow_patterns=["model_index.json"],
                                       local_files_only=True))
     if "model_index.json" not in files:

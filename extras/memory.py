@@ -150,7 +150,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Return it to the system: between two networks, and while weights are packed.
+    """Return it to the system: between two networks, while decoding, while weights are packed.
 
     The blocks of one network seldom fit the other: SD 1.x at 512x512 saves 0.1 to 0.2 GB.
     """
